@@ -1,0 +1,1 @@
+"""Backends: what starts jobs. `base` is the protocol, `registry` knows the names."""

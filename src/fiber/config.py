@@ -1,0 +1,399 @@
+"""Configuration: typed keys, where their values come from, and errors that say so.
+
+    defaults < .fiberconfig < FIBER_<KEY> in the environment < code: init(key=v), config.key = v
+    └─────────── read once, at first use ──────────────────┘   └─ at any time, also before ────┘
+
+The keys stand in one table, the class `Config`. A value from code is kept apart from those that
+were read, so that `reset` need only forget it. Whatever its source, a value passes through the
+parser of its key at once; one that does not fit raises `ConfigError`. A child process reads neither
+file nor environment: it adopts the values of its parent.
+
+A leaf: every process of a session imports this module, so it stays small and quick to import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from operator import index
+from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar, overload
+
+from fiber.errors import ConfigError
+
+__all__ = ["Config", "config", "parse_memory"]
+
+T = TypeVar("T")
+
+FILE: Final = ".fiberconfig"
+PREFIX: Final = "FIBER_"
+# The runtime's own variables between parent and child; never a key.
+INTERNAL_PREFIX: Final = "FIBER_INTERNAL_"
+
+LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+# Keys of Fiber 0.2 that mean nothing any more, and why.
+GONE: Final = {
+    "default_image": "it is the same as image now; set image",
+    "ipc_active": "Fiber knows itself which side opens a connection; remove it",
+    "ipc_admin_master_port": "no fixed port is needed, the system picks a free one; remove it",
+    "ipc_admin_worker_port": "workers listen on no port; remove it",
+    "merge_output": "what a process prints always reaches your terminal; remove it",
+    "use_bash": "it never had an effect; remove it",
+    "use_push_queue": "there is one kind of queue now; remove it",
+}
+
+# Bytes in a unit, as Kubernetes writes them: Mi is 2**20, M is 10**6.
+UNITS: Final = {
+    **{name: 1000**power for power, name in enumerate("kmgt", start=1)},
+    **{name + "b": 1000**power for power, name in enumerate("kmgt", start=1)},
+    **{name + "i": 1024**power for power, name in enumerate("kmgt", start=1)},
+    **{name + "ib": 1024**power for power, name in enumerate("kmgt", start=1)},
+}
+MEMORY_FORMS: Final = "a whole number of MB, such as 512, or text such as '512Mi', '2Gi' or '1.5G'"
+
+
+def parse_memory(value: object) -> int:
+    """The memory that `value` asks for, in MB of 2**20 bytes, rounded up.
+
+    Raises:
+        ValueError: it is none of the forms in `MEMORY_FORMS`, or less than a byte.
+    """
+    if not isinstance(value, str):
+        return _integer(1)(value)
+    text = value.strip().lower()
+    number = text.rstrip("bgikmt")
+    unit = text[len(number) :]
+    if not unit:
+        return _integer(1)(text)
+    # float() would also take "nan", "1e3" and "1_0".
+    if unit not in UNITS or not number.strip().replace(".", "", 1).isdecimal():
+        raise ValueError(value)
+    size = float(number) * UNITS[unit]
+    if size < 1:
+        raise ValueError(value)
+    return -int(-size // 2**20)
+
+
+# Parsers: from what was given to the value of the key; ValueError if it does not fit.
+
+
+def _integer(least: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        # index() takes numpy's integers too, and refuses 2.5.
+        number = int(value) if isinstance(value, str) else index(value)  # type: ignore[arg-type]
+        if number < least:
+            raise ValueError(value)
+        return number
+
+    return parse
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool):
+        raise ValueError(value)
+    seconds = float(value)  # type: ignore[arg-type]
+    if not 0 < seconds < float("inf"):
+        raise ValueError(value)
+    return seconds
+
+
+def _boolean(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words.update({"false": False, "no": False, "off": False, "0": False})
+    try:
+        return words[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError(value) from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(value)
+    return value.strip()
+
+
+def _path(value: object) -> str:
+    return _text(os.fspath(value))  # type: ignore[call-overload]
+
+
+def _level(value: object) -> int:
+    if isinstance(value, str) and value.strip().lower() in LEVELS:
+        return LEVELS[value.strip().lower()]
+    return _integer(0)(value)
+
+
+class Key(Generic[T]):
+    """One key: how its value is read, its default, what is valid and what it is for.
+
+    A key whose default is None also takes None, in text the empty string.
+    """
+
+    __slots__ = ("default", "doc", "name", "parse", "valid")
+
+    def __init__(self, parse: Callable[[object], T], default: T, valid: str, doc: str) -> None:
+        self.parse = parse
+        self.default = default
+        self.valid = valid if default is not None else f"{valid}, or None"
+        self.doc = doc
+        self.name = ""
+
+    def __set_name__(self, owner: type[Config], name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, obj: None, owner: type[Config]) -> Key[T]: ...
+    @overload
+    def __get__(self, obj: Config, owner: type[Config]) -> T: ...
+    def __get__(self, obj: Config | None, owner: type[Config]) -> Key[T] | T:
+        if obj is None:
+            return self
+        value: T = obj._lookup(self.name).value
+        return value
+
+    def __set__(self, obj: Config, value: object) -> None:
+        obj.init(**{self.name: value})
+
+    def setting(self, value: object, source: str) -> Setting:
+        """`value` checked and typed; `source` is where it came from."""
+        if self.default is None and (value is None or value == ""):
+            return Setting(None, source)
+        try:
+            return Setting(self.parse(value), source)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(
+                f"The config key {self.name!r} cannot be {value!r} (from {source}): "
+                f"it must be {self.valid}."
+            ) from None
+
+
+class Setting(NamedTuple):
+    """A value and where it came from."""
+
+    value: Any
+    source: str
+
+
+class Config:
+    """The configuration of this process; read and set the keys as attributes.
+
+    `fiber.config` is the one that Fiber uses. Names are those of `FIBER_<KEY>` in lower case.
+    """
+
+    backend = Key[str | None](
+        _text, None, "the name of a backend, such as 'local'", "Backend that starts processes."
+    )
+    default_backend = Key[str](
+        _text, "local", "the name of a backend", "Backend if none is set and none is detected."
+    )
+    image = Key[str | None](
+        _text, None, "the name of a container image", "Image that containers are started from."
+    )
+    debug = Key[bool](
+        _boolean, False, "true or false (or yes, no, on, off, 1, 0)", "Help with debugging Fiber."
+    )
+    log_level = Key[int](
+        _level,
+        LEVELS["warning"],
+        f"one of {', '.join(LEVELS)}, or a whole number of at least 0",
+        "Least level that Fiber logs.",
+    )
+    log_file = Key[str | None](
+        _path, None, "the path of a file, or 'stdout'", "Where Fiber's log goes; None: stderr."
+    )
+    cpu_per_job = Key[int](
+        _integer(1),
+        1,
+        "a whole number of at least 1",
+        "CPUs that each process may use; sets the thread counts of numerical libraries.",
+    )
+    mem_per_job = Key[int | None](
+        parse_memory, None, MEMORY_FORMS, "Memory that each process may use, in MB."
+    )
+    retries = Key[int](
+        _integer(0),
+        2,
+        "a whole number of at least 0",
+        "How often a pool's task is run again after its worker died.",
+    )
+    imap_buffer = Key[int](
+        _integer(1),
+        4,
+        "a whole number of at least 1",
+        "Items per worker that imap reads ahead of its results.",
+    )
+    imap_buffer_mb = Key[int](
+        _integer(1),
+        64,
+        "a whole number of at least 1",
+        "Memory that the items read ahead by imap may take, in MB.",
+    )
+    start_timeout = Key[float](
+        _seconds, 60.0, "a number of seconds above 0", "How long a process may take to start."
+    )
+
+    __slots__ = ("_adopted", "_code", "_read")
+
+    # What code set; what was read or adopted (None: not yet); which of the two it was. Each change
+    # puts a new dict in the place of the old one, so that a thread that reads needs no lock.
+    _code: dict[str, Setting]
+    _read: dict[str, Setting] | None
+    _adopted: bool
+
+    def __init__(self) -> None:
+        self._code = {}
+        self._read = None
+        self._adopted = False
+
+    def init(self, **values: object) -> None:
+        """Set keys from code; all of them or, if one is unknown or does not fit, none."""
+        self._code = {**self._code, **_settings(values, lambda _: "code")}
+
+    def reset(self) -> None:
+        """Forget what code set: back to environment and file, which are read anew at the next use.
+
+        In a child process: back to the values of its parent.
+        """
+        self._code = {}
+        if not self._adopted:
+            self._read = None
+
+    def adopt(self, values: Mapping[str, object]) -> None:
+        """Take a parent's `as_dict()` instead of environment and file. For a child process."""
+        self._read = _settings(values, lambda _: "the parent process")
+        self._adopted = True
+        self._code = {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All keys with their values: plain data, for `adopt` in a child."""
+        return {name: self._lookup(name).value for name in KEYS}
+
+    def source(self, key: str) -> str:
+        """Where the value of `key` comes from, in words."""
+        if key not in KEYS:
+            _unknown(key, "code")
+        return self._lookup(key).source
+
+    def _lookup(self, name: str) -> Setting:
+        setting = self._code.get(name)
+        if setting is None:
+            if self._read is None:
+                self._read = {**_file_settings(), **_environment_settings(os.environ)}
+            setting = self._read.get(name)
+        return setting or Setting(KEYS[name].default, "default")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in KEYS and name not in Config.__slots__:
+            _unknown(name, "code")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only for what is not there. An AttributeError, because hasattr, copy and others ask too.
+        raise AttributeError(_no_such_key(name, "code"), name=name, obj=self)
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"A config key cannot be deleted; set {name!r}, or call reset().")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *KEYS})
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{k}={v!r}' for k, v in self.as_dict().items())})"
+
+
+KEYS: Final[dict[str, Key[Any]]] = {k: v for k, v in vars(Config).items() if isinstance(v, Key)}
+
+
+def _settings(values: Mapping[str, object], source: Callable[[str], str]) -> dict[str, Setting]:
+    settings = {}
+    for name, value in values.items():
+        if name not in KEYS:
+            _unknown(name, source(name))
+        settings[name] = KEYS[name].setting(value, source(name))
+    return settings
+
+
+def _environment_settings(environ: Mapping[str, str]) -> dict[str, Setting]:
+    values = {}
+    variables = {}
+    for variable, value in environ.items():
+        if not variable.startswith(PREFIX) or variable.startswith(INTERNAL_PREFIX):
+            continue
+        # Fiber_Debug or FIBER_debug is no spelling of FIBER_DEBUG: keep it, to be refused.
+        name = variable[len(PREFIX) :]
+        name = name.lower() if name.isupper() else name
+        if name not in KEYS and name not in GONE and _from_kubernetes(variable):
+            continue
+        values[name] = value
+        variables[name] = f"{variable} in the environment"
+    return _settings(values, variables.__getitem__)
+
+
+def _from_kubernetes(variable: str) -> bool:
+    # Kubernetes tells every pod of each service in its namespace by such variables: a service that
+    # somebody named "fiber" or "fiber-dashboard" must not end every program there.
+    import re
+
+    told = r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+    return re.search(told + "$", variable) is not None
+
+
+def _file_settings() -> dict[str, Setting]:
+    path = os.path.abspath(FILE)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file {path} cannot be read: {error}.") from error
+    values: dict[str, str] = {}
+    lines: dict[str, str] = {}
+    for number, name, value in _entries(text, path):
+        if name in values:
+            raise ConfigError(
+                f"The config key {name!r} stands twice in {path}, in {lines[name]} and "
+                f"line {number}: remove one."
+            )
+        values[name] = value
+        lines[name] = f"line {number}"
+    return _settings(values, lambda name: f"{path}, {lines[name]}")
+
+
+def _entries(text: str, path: str) -> Iterator[tuple[int, str, str]]:
+    # By hand and not by configparser, which knows no line numbers, wants a section, and takes 5 ms.
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line[0] in "#;" or line.lower() == "[default]":
+            continue
+        if line[0] == "[":
+            raise ConfigError(
+                f"The section {line} (from {path}, line {number}) means nothing to Fiber: "
+                f"write the keys without a section, or under [default]."
+            )
+        name, equals, value = line.partition("=")
+        if not equals:
+            name, equals, value = line.partition(":")
+        if not equals:
+            raise ConfigError(f"{path}, line {number}, is {line!r}: write it as 'key = value'.")
+        yield number, name.strip().lower(), value.strip()
+
+
+def _unknown(name: str, source: str) -> NoReturn:
+    raise ConfigError(_no_such_key(name, source))
+
+
+def _no_such_key(name: str, source: str) -> str:
+    if name in GONE:
+        return f"The config key {name!r} (from {source}) is gone: {GONE[name]}."
+    import difflib
+
+    near = difflib.get_close_matches(name.lower(), KEYS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"There is no config key {name!r} (from {source}): {hint}The keys are {', '.join(KEYS)}."
+
+
+config: Final = Config()

@@ -1,0 +1,154 @@
+"""The exceptions of Fiber, each a sentence for its reader and attributes for code.
+
+    FiberError
+    ├── ConfigError (ValueError)        a setting that is unknown or has a bad value
+    ├── StartError (ProcessError)       a process, or the job it should live in, did not start
+    ├── PoolError                       the pool itself cannot go on
+    │   ├── PoolBroken                  its workers keep dying before they are ready
+    │   └── PoolTerminated              it was terminated while results were awaited
+    ├── WorkerDied                      a task's worker died, more often than it may be retried
+    ├── TaskTimeout (TimeoutError)      a task took longer than its time-out
+    ├── SerializationError (TypeError)  something could not be pickled or unpickled on its way
+    └── RemoteError                     stands in for a remote exception that cannot travel
+
+    multiprocessing.ProcessError        is `fiber.ProcessError`, as are its other exceptions
+    └── multiprocessing.TimeoutError
+        └── TimeoutError                a wait ran out; also a builtin TimeoutError
+
+A task's own exception arrives as its own type; its cause is a `RemoteTraceback` that prints the
+traceback of the worker.
+"""
+
+from __future__ import annotations
+
+import builtins
+from multiprocessing.context import AuthenticationError, BufferTooShort, ProcessError
+from multiprocessing.context import TimeoutError as _MultiprocessingTimeout
+from typing import Any
+
+__all__ = [
+    "AuthenticationError",
+    "BufferTooShort",
+    "ConfigError",
+    "FiberError",
+    "PoolBroken",
+    "PoolError",
+    "PoolTerminated",
+    "ProcessError",
+    "RemoteError",
+    "RemoteTraceback",
+    "SerializationError",
+    "StartError",
+    "TaskTimeout",
+    "TimeoutError",
+    "WorkerDied",
+]
+
+
+class FiberError(Exception):
+    """The root of Fiber's own exceptions."""
+
+
+class ConfigError(FiberError, ValueError):
+    """A setting that is unknown or has a bad value."""
+
+
+class StartError(FiberError, ProcessError):
+    """A process, or the job that it should live in, did not start."""
+
+
+class TimeoutError(_MultiprocessingTimeout, builtins.TimeoutError):
+    """A wait ran out; caught as multiprocessing's `TimeoutError` and as the builtin one."""
+
+
+class PoolError(FiberError):
+    """The pool itself cannot go on."""
+
+
+class PoolBroken(PoolError):
+    """The workers of a pool keep dying before they are ready."""
+
+
+class PoolTerminated(PoolError):
+    """The pool was terminated while results were awaited."""
+
+
+class SerializationError(FiberError, TypeError):
+    """An argument, a result or a function could not be pickled or unpickled."""
+
+
+class RemoteError(FiberError):
+    """Stands in for a remote exception that cannot be pickled; it prints the same.
+
+    Attributes:
+        type_name: qualified name of the exception's class.
+        traceback: the remote traceback as text.
+    """
+
+    def __init__(self, message: str, type_name: str = "", traceback: str = "") -> None:
+        super().__init__(message)
+        self.type_name = type_name
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.type_name, self.traceback)
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a worker as text: the cause of the exception that it raised."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+class WorkerDied(FiberError):
+    """A task's worker died, more often than the task may be retried.
+
+    Attributes:
+        item: index of the item in its call (0 for `apply`).
+        attempts: how often a worker died while it ran this item.
+        exitcode: of the last worker, as `Process.exitcode` (negative: a signal); None if unknown.
+        pid: of the last worker.
+        stderr: the last lines that it wrote to its standard error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        item: int = 0,
+        attempts: int = 0,
+        exitcode: int | None = None,
+        pid: int | None = None,
+        stderr: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.item = item
+        self.attempts = attempts
+        self.exitcode = exitcode
+        self.pid = pid
+        self.stderr = stderr
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        facts = (self.item, self.attempts, self.exitcode, self.pid, self.stderr)
+        return type(self), (*self.args, *facts)
+
+
+class TaskTimeout(FiberError, TimeoutError):
+    """A task took longer than its time-out; its worker was ended, other items go on.
+
+    Attributes:
+        item: index of the item in its call (0 for `apply`).
+        timeout: the time-out, in seconds.
+    """
+
+    def __init__(self, message: str, item: int = 0, timeout: float = 0.0) -> None:
+        super().__init__(message)
+        self.item = item
+        self.timeout = timeout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.item, self.timeout)

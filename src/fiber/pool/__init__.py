@@ -1,0 +1,440 @@
+"""`Pool`: many workers that run a function on many items.
+
+    Pool (here) ─► master ─► scheduler
+                     │  ▲
+               BATCH ▼  │ RESULTS
+                   workers
+
+The interface is multiprocessing's. Beyond it: `retries`, a `timeout` for each item, results with
+exceptions in their places by `return_exceptions`, and `stats`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import util as _util
+from types import TracebackType
+from typing import Any
+
+from fiber.backends import registry
+from fiber.config import config
+from fiber.errors import PoolError
+from fiber.pool.master import Master, PoolStats, Settings
+from fiber.pool.protocol import APPLY, MAP, STARMAP
+from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
+from fiber.resources import Resources, cpu_count, meta_of
+from fiber.runtime.loop import Loop
+
+__all__ = [
+    "AsyncResult",
+    "IMapIterator",
+    "IMapUnorderedIterator",
+    "MapResult",
+    "Pool",
+    "PoolStats",
+]
+
+Function = Callable[..., Any]
+Callback = Callable[[Any], object]
+
+_JOIN_PATIENCE = 10.0  # seconds that terminate waits for workers which were sent SIGKILL
+
+
+class Pool:
+    """A pool of worker processes, as `multiprocessing.Pool`.
+
+    A task whose worker died runs again elsewhere, each item has one result, and what cannot
+    succeed fails with the reason; nothing waits for ever.
+
+    Args:
+        processes: how many workers; `cpu_count()` by default.
+        initializer: called once in each worker, before its first task. If it raises, the pool ends
+            with that exception.
+        initargs: its arguments.
+        maxtasksperchild: items after which a worker is replaced by a fresh one.
+        context: of multiprocessing's interface; a Fiber context says which backend to use.
+        retries: how often an item runs again after its worker died; `config.retries` by default.
+        timeout: seconds that an item may take; one that takes longer fails alone, with
+            `TaskTimeout`, and its worker is ended.
+
+    Raises:
+        StartError: the workers cannot be started; the message says why.
+        ValueError, TypeError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Function | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self._master: Master | None = None
+        if processes is None:
+            processes = cpu_count()
+        _check_integer("processes", processes, 1)
+        if maxtasksperchild is not None:
+            _check_integer("maxtasksperchild", maxtasksperchild, 1)
+        _check_limits(retries, timeout)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        backend = getattr(context, "backend", None) or registry.chosen()
+        self._settings = Settings(
+            backend, processes, initializer, tuple(initargs), maxtasksperchild, retries, timeout
+        )
+        self._resources = Resources()
+        self._used = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._master = master = Master(self._settings, self._resources)
+        self._loop: Loop = master.loop
+        # At exit before multiprocessing joins processes; it holds the master and not the pool, so
+        # that a pool which is dropped can be collected.
+        self._finalizer = _util.Finalize(None, _terminate, args=(master,), exitpriority=15)
+
+    # Calls that wait ---------------------------------------------------------------------------
+
+    def apply(
+        self,
+        func: Function,
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Return `func(*args, **kwds)`, run by a worker."""
+        master = self._ready(func)
+        result = AsyncResult(self._loop, self)
+        packed = master.pack(func)
+        items = [(tuple(args), dict(kwds) if kwds else {})]
+        _check_limits(retries, timeout)
+        with self._loop as loop:
+            master.submit(func, packed, APPLY, result, items, retries=retries, timeout=timeout)
+            # Waiting at once, without leaving the loop in between, saves a good part of a trip.
+            loop.wait_within(result._event)
+        return result.get()
+
+    def map(
+        self,
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Return `[func(item) for item in iterable]`, run by the workers.
+
+        Args:
+            func: callable of one argument; lambdas and closures are fine.
+            iterable: its items, all read before the first is run.
+            chunksize: items that stay together. None (default) follows the duration of the tasks.
+            retries: instead of the pool's.
+            timeout: seconds for each item, instead of the pool's.
+            return_exceptions: put exceptions in the places of the items that raised them.
+
+        Raises:
+            the exception of the first item that failed, when all have been run.
+        """
+        result = self._map(
+            MAP, func, iterable, chunksize, None, None, retries, timeout, return_exceptions
+        )
+        return result.get()  # type: ignore[no-any-return]
+
+    def starmap(
+        self,
+        func: Function,
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """As `map`, calling `func(*item)`."""
+        result = self._map(
+            STARMAP, func, iterable, chunksize, None, None, retries, timeout, return_exceptions
+        )
+        return result.get()  # type: ignore[no-any-return]
+
+    # Calls that do not -------------------------------------------------------------------------
+
+    def apply_async(
+        self,
+        func: Function,
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+    ) -> AsyncResult:
+        """As `apply`, but return an `AsyncResult` at once.
+
+        Args:
+            func, args, kwds: what to call.
+            callback: called with the result, before it is ready for `get`.
+            error_callback: called with the exception if there is one.
+            retries, timeout: instead of the pool's.
+        """
+        master = self._ready(func)
+        result = AsyncResult(self._loop, self, callback, error_callback)
+        packed = master.pack(func)
+        items = [(tuple(args), dict(kwds) if kwds else {})]
+        _check_limits(retries, timeout)
+        with self._loop:
+            master.submit(func, packed, APPLY, result, items, retries=retries, timeout=timeout)
+        return result
+
+    def map_async(
+        self,
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> MapResult:
+        """As `map`, but return an `AsyncResult` at once; callbacks as for `apply_async`."""
+        return self._map(
+            MAP, func, iterable, chunksize, callback, error_callback,
+            retries, timeout, return_exceptions,
+        )  # fmt: skip
+
+    def starmap_async(
+        self,
+        func: Function,
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> MapResult:
+        """As `starmap`, but return an `AsyncResult` at once; callbacks as for `apply_async`."""
+        return self._map(
+            STARMAP, func, iterable, chunksize, callback, error_callback,
+            retries, timeout, return_exceptions,
+        )  # fmt: skip
+
+    def imap(
+        self,
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> IMapIterator:
+        """Apply `func` to each item, lazily, and iterate over the results in order.
+
+        As `multiprocessing.Pool.imap`, but the iterable is read only as far as the workers and who
+        takes the results keep up (`config.imap_buffer` items per worker or a few batches,
+        whichever is more, and `config.imap_buffer_mb`), so that it may be endless.
+
+        Args:
+            func: callable of one argument; lambdas and closures are fine.
+            iterable: its items; an exception that it raises is raised here, after the results
+                before it.
+            chunksize: items that stay together. None (default) follows the duration of the tasks.
+            retries, timeout, return_exceptions: as for `map`.
+
+        Raises (from `next`):
+            the exception of the task itself, with the worker's traceback as its cause.
+            WorkerDied: the item's worker died `retries + 1` times; the message says how.
+            TimeoutError: `next(timeout)` seconds went by.
+        """
+        master = self._ready(func)
+        results = IMapIterator(master, return_exceptions)
+        self._stream(master, func, results, iterable, chunksize, retries, timeout)
+        return results
+
+    def imap_unordered(
+        self,
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        *,
+        retries: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> IMapUnorderedIterator:
+        """As `imap`, but iterate over the results as they come."""
+        master = self._ready(func)
+        results = IMapUnorderedIterator(master, return_exceptions)
+        self._stream(master, func, results, iterable, chunksize, retries, timeout)
+        return results
+
+    def _map(
+        self,
+        how: int,
+        func: Function,
+        iterable: Iterable[Any],
+        chunksize: int | None,
+        callback: Callback | None,
+        error_callback: Callback | None,
+        retries: int | None,
+        timeout: float | None,
+        return_exceptions: bool,
+    ) -> MapResult:
+        master = self._ready(func)
+        _check_limits(retries, timeout)
+        chunk = _check_chunksize(chunksize)
+        items = list(iterable)
+        packed = master.pack(func)
+        result = MapResult(
+            self._loop, self, len(items), callback, error_callback, return_exceptions
+        )
+        with self._loop:
+            master.submit(
+                func, packed, how, result, items, chunk=chunk, retries=retries, timeout=timeout
+            )
+        return result
+
+    def _stream(
+        self,
+        master: Master,
+        func: Function,
+        results: IMapUnorderedIterator,
+        iterable: Iterable[Any],
+        chunksize: int | None,
+        retries: int | None,
+        timeout: float | None,
+    ) -> None:
+        _check_limits(retries, timeout)
+        chunk = _check_chunksize(chunksize)
+        packed = master.pack(func)
+        results.keep(self)
+        with self._loop:
+            master.stream(
+                func, packed, MAP, results, iterable, chunk=chunk, retries=retries, timeout=timeout
+            )
+
+    def _ready(self, func: Function) -> Master:
+        """Return the master, with workers as the function's `@fiber.meta` asks for."""
+        if not callable(func):
+            raise TypeError(f"{func!r} is not callable")
+        assert self._master is not None
+        self._master.check_open()
+        wanted = meta_of(func)
+        if wanted != self._resources and wanted != Resources():
+            if self._used:
+                raise PoolError(
+                    f"{getattr(func, '__qualname__', func)} asks for {wanted}, but this pool's "
+                    f"workers were made for {self._resources}; make another pool for it"
+                )
+            self._finalizer()
+            self._resources = wanted
+            self._begin()
+        self._used = True
+        return self._master
+
+    # The end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more calls; the workers end when all is done."""
+        assert self._master is not None
+        with self._loop:
+            self._master.close()
+
+    def terminate(self) -> None:
+        """End the workers now; what is still awaited raises `PoolTerminated`."""
+        self._finalizer()
+
+    def join(self) -> None:
+        """Wait for the workers to end; call `close` or `terminate` before."""
+        assert self._master is not None
+        if not self._master.closing:
+            raise ValueError("Pool is still running")
+        self._loop.wait(self._master.gone)
+
+    def __enter__(self) -> Pool:
+        assert self._master is not None
+        self._master.check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.terminate()
+
+    def __del__(self) -> None:
+        master = self._master
+        if master is not None and not master.closing and not master.loop.closed:
+            warnings.warn(f"unclosed running {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._finalizer.cancel()
+            master.loop.call_soon(master.terminate)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a pool cannot be pickled or sent to another process")
+
+    def __repr__(self) -> str:
+        master = self._master
+        state = "ended" if master is None or master.closing else "running"
+        return f"<fiber.Pool {state} processes={self._settings.processes}>"
+
+    # What it is doing --------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """Return how many workers and items there are, and what became of them."""
+        assert self._master is not None
+        self._loop.poll()
+        with self._loop:
+            return self._master.stats()
+
+    def pids(self) -> list[int]:
+        """Return the process IDs of the workers."""
+        assert self._master is not None
+        self._loop.poll()
+        with self._loop:
+            return self._master.pids()
+
+
+def _terminate(master: Master) -> None:
+    if master.loop.closed:
+        return
+    with master.loop:
+        master.terminate()
+    master.loop.wait(master.gone, _JOIN_PATIENCE)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _check_chunksize(chunksize: int | None) -> int:
+    if chunksize is None:
+        return 1
+    _check_integer("chunksize", chunksize, 1)
+    return chunksize
+
+
+def _check_limits(retries: int | None, timeout: float | None) -> None:
+    if retries is not None:
+        _check_integer("retries", retries, 0)
+    if timeout is not None:
+        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, not {timeout}")

@@ -1,0 +1,470 @@
+"""The pool's scheduler: decides which worker runs which items next.
+
+A pure state machine. It knows no socket, thread or clock: the driver (`pool.master`) tells it what
+happened and carries out what it answers.
+
+    submit, extend, worker_up, progress, worker_down, cancel         Send, Fail, Finish, Retire
+    ────────────────────────────────────────────────────►  Scheduler  ───────────────────────►
+
+An item is waiting, assigned (in one batch, at one worker) or settled. A settled item never changes
+again: a batch is known by its number, and reports on batches that were taken away are not accepted.
+That is how "one result per item" holds whatever arrives late or twice.
+
+Items are counted, never held: a call is the numbers 0..n-1, and what is waiting of it is a few
+ranges of them, so that the cost of scheduling is per batch and not per item.
+
+How many items make a batch follows what they take: some milliseconds of work, no more than an equal
+share of what is left. A worker holds one batch running and one waiting, the second only while items
+are short. When a worker dies, the items of its running batch become suspects: they go out again in
+careful batches, whose results are reported one by one, so that another death tells exactly which
+item was running. That item is charged with the attempt; its batch mates are not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Union
+
+__all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
+
+BATCH_SECONDS = 0.004
+"""Seconds of work that a batch should hold."""
+
+LEAST_SECONDS = 0.0004
+"""Seconds of work below which a batch is not split to share what is left."""
+
+PREFETCH_SECONDS = 0.025
+"""Items that take longer are not sent ahead: the round trip costs nothing against them, and one
+that waits behind a slow one could have run elsewhere."""
+
+BATCH_ITEMS = 1 << 14
+BATCH_BYTES = 1 << 20
+_CAREFUL_ITEMS = 64
+_GROWTH = 8  # how many times larger than the last a batch of a call may be
+
+
+@dataclass(slots=True)
+class Batch:
+    """Items [start, stop) of a call at a worker; `start` moves on as results come."""
+
+    id: int
+    worker: int
+    call: Call
+    start: int
+    stop: int
+    careful: bool
+    """Results are to be reported one by one."""
+    slow: bool = False
+    """The worker reported before its end: it takes longer than expected."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of one call."""
+
+    id: int
+    retries: int
+    chunk: int
+    """Items that stay together; 1 unless the user gave a chunksize."""
+    single: bool
+    """One item at a time and none ahead: a time-out is measured from the sending."""
+    cost: float | None
+    """Seconds that an item takes, as far as known."""
+    open: bool
+    """More items may come."""
+    unsettled: int = 0
+    total: int = 0
+    waiting: int = 0
+    """Items in `ranges`."""
+    ranges: deque[tuple[int, int]] = field(default_factory=deque)
+    suspects: deque[tuple[int, int]] = field(default_factory=deque)
+    attempts: dict[int, int] = field(default_factory=dict)
+    largest: int = 1
+    weight: float = 0.0
+    """Bytes that an item takes, as far as known."""
+
+    @property
+    def finished(self) -> bool:
+        return not self.open and self.unsettled == 0
+
+
+@dataclass(slots=True)
+class _Worker:
+    id: int
+    left: int | None
+    """Items that it may still take, None without limit."""
+    batches: list[Batch] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this batch to its worker."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The item killed its workers, the last of them just now, and is not tried again."""
+
+    call: int
+    item: int
+    attempts: int
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All items of the call are settled."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """The worker has done what it may do; have it end, and another take its place."""
+
+    worker: int
+
+
+Action = Union[Send, Fail, Finish, Retire]
+
+
+class Scheduler:
+    """See the module. Every method returns nothing; `actions` hands out what is to be done."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, Call] = {}  # unfinished, oldest first
+        self._workers: dict[int, _Worker] = {}
+        self._idle: dict[int, None] = {}  # workers with no batch; the last in is the first out
+        self._busy: dict[int, None] = {}  # workers with one batch that may take another
+        self._batches: dict[int, Batch] = {}
+        self._batch_ids = 0
+        self._actions: list[Action] = []
+
+    # Events ------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        call: int,
+        items: int,
+        *,
+        retries: int,
+        chunk: int = 1,
+        single: bool = False,
+        cost: float | None = None,
+        open: bool = False,
+    ) -> None:
+        """There is a new call with `items` items, and more to come if it is `open`."""
+        new = Call(call, retries, chunk, single, cost, open)
+        if cost is not None:
+            new.largest = BATCH_ITEMS
+        self._calls[call] = new
+        self._extend(new, items)
+
+    def extend(self, call: int, items: int) -> None:
+        """An open call has `items` more items."""
+        found = self._calls.get(call)
+        if found is not None:
+            self._extend(found, items)
+
+    def _extend(self, call: Call, items: int) -> None:
+        if items:
+            start, call.total = call.total, call.total + items
+            call.unsettled += items
+            call.waiting += items
+            if call.ranges and call.ranges[-1][1] == start:
+                call.ranges[-1] = (call.ranges[-1][0], call.total)
+            else:
+                call.ranges.append((start, call.total))
+        self._settle(call, 0)
+        self._assign()
+
+    def complete(self, call: int) -> None:
+        """An open call has no more items to come."""
+        found = self._calls.get(call)
+        if found is not None:
+            found.open = False
+            self._settle(found, 0)
+
+    def cancel(self, call: int) -> None:
+        """Nobody wants the call any more: what is waiting is dropped, what runs is ignored."""
+        found = self._calls.pop(call, None)
+        if found is not None:
+            found.ranges.clear()
+            found.suspects.clear()
+            found.waiting = 0
+
+    def weigh(self, call: int, size: float) -> None:
+        """An item of the call took `size` bytes on its way."""
+        found = self._calls.get(call)
+        if found is not None:
+            found.weight = size if not found.weight else 0.5 * (found.weight + size)
+
+    def worker_up(self, worker: int, left: int | None = None) -> None:
+        """A worker is ready; it may run `left` items, or any number."""
+        self._workers[worker] = _Worker(worker, left)
+        self._idle[worker] = None
+        self._assign()
+
+    def progress(
+        self, batch: int, done: int, seconds: float = 0.0, returned: int = 0
+    ) -> tuple[int, int, int] | None:
+        """A worker reports the next `done` results of a batch, and gives back its last items.
+
+        Args:
+            batch: number of the batch.
+            done: how many items, from its first unsettled one, have results now.
+            seconds: that these took; 0 if they were not measured.
+            returned: how many items at its end were not begun, and will not be.
+
+        Returns:
+            The call and the range of the items that are settled now, or None if their results are
+            not wanted: the batch is not known, or its call was cancelled.
+        """
+        found = self._batches.get(batch)
+        if found is None or done + returned > found.stop - found.start:
+            return None
+        call, start = found.call, found.start
+        found.start += done
+        if returned:
+            found.stop -= returned
+            target = call.suspects if found.careful else call.ranges
+            if call.id in self._calls:
+                target.appendleft((found.stop, found.stop + returned))
+                call.waiting += returned if target is call.ranges else 0
+        worker = self._workers[found.worker]
+        if returned and worker.left is not None:
+            worker.left += returned
+        if found.start == found.stop:
+            del self._batches[batch]
+            worker.batches.remove(found)
+        else:
+            found.slow = True
+        if done and seconds:
+            self._measure(call, done, seconds)
+        self._offer(worker)
+        wanted = call.id in self._calls
+        if wanted:
+            self._settle(call, done)
+        self._assign()
+        return (call.id, start, start + done) if wanted and done else None
+
+    def unloadable(self, batch: int) -> None:
+        """A worker could not load a batch of several items: they go out again one by one."""
+        found = self._batches.pop(batch, None)
+        if found is None:
+            return
+        worker = self._workers[found.worker]
+        worker.batches.remove(found)
+        if worker.left is not None:
+            worker.left += found.stop - found.start
+        found.call.single = True
+        self._give_back(found)
+        self._offer(worker)
+        self._assign()
+
+    def worker_down(self, worker: int, *, charged: bool = True) -> None:
+        """A worker is gone, after all that it reported was told.
+
+        Args:
+            worker: which.
+            charged: whether the item that it was running counts an attempt; not if the worker was
+                taken away for reasons of its own.
+        """
+        gone = self._workers.pop(worker)
+        self._idle.pop(worker, None)
+        self._busy.pop(worker, None)
+        for place, batch in enumerate(gone.batches):
+            del self._batches[batch.id]
+            if batch.call.id not in self._calls:
+                continue
+            if place > 0 or not charged:
+                self._give_back(batch)
+                continue
+            call, start = batch.call, batch.start
+            if batch.careful or batch.stop - start == 1:
+                start += 1
+                self._charge(call, batch.start, worker)
+            if start < batch.stop:
+                call.suspects.append((start, batch.stop))
+        self._assign()
+
+    def fail(self, batch: int, *, worker_ends: bool = False) -> tuple[int, int] | None:
+        """Give up the item that a batch of one holds, say for its time-out.
+
+        Args:
+            batch: number of the batch.
+            worker_ends: the worker is about to be ended, and gets nothing more.
+
+        Returns:
+            Call and item, or None if the batch is not known any more.
+        """
+        found = self._batches.pop(batch, None)
+        if found is None:
+            return None
+        worker = self._workers[found.worker]
+        worker.batches.remove(found)
+        wanted = found.call.id in self._calls
+        if wanted:
+            self._settle(found.call, 1)
+        if not worker_ends:
+            self._offer(worker)
+            self._assign()
+        return (found.call.id, found.start) if wanted else None
+
+    # What follows from them --------------------------------------------------------------------
+
+    def actions(self) -> list[Action]:
+        """Return, in order, what is to be done since the last time."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def batches_of(self, worker: int) -> list[Batch]:
+        """Return the batches at a worker, the running one first."""
+        found = self._workers.get(worker)
+        return list(found.batches) if found is not None else []
+
+    def wants(self, call: int) -> int:
+        """Return how many more items an open call should have waiting, to keep the workers busy."""
+        found = self._calls.get(call)
+        if found is None:
+            return 0
+        return 4 * max(len(self._workers), 1) * self._target(found) - found.waiting
+
+    def batch_items(self, call: int) -> int:
+        """Return how many items of a call make a batch while there are plenty."""
+        found = self._calls.get(call)
+        return self._target(found) if found is not None else 1
+
+    def weight(self, call: int) -> float:
+        """Return how many bytes an item of a call takes, 0 if that is not known."""
+        found = self._calls.get(call)
+        return found.weight if found is not None else 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many items no worker has."""
+        suspects = (r for call in self._calls.values() for r in call.suspects)
+        waiting = sum(call.waiting for call in self._calls.values())
+        return waiting + sum(stop - start for start, stop in suspects)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any call has items that are not settled, or may get more."""
+        return bool(self._calls)
+
+    def _settle(self, call: Call, items: int) -> None:
+        call.unsettled -= items
+        if call.finished and self._calls.pop(call.id, None) is not None:
+            self._actions.append(Finish(call.id))
+
+    def _charge(self, call: Call, item: int, worker: int) -> None:
+        attempts = call.attempts[item] = call.attempts.get(item, 0) + 1
+        if attempts > call.retries:
+            self._actions.append(Fail(call.id, item, attempts, worker))
+            self._settle(call, 1)
+        else:
+            call.suspects.append((item, item + 1))
+
+    def _give_back(self, batch: Batch) -> None:
+        if batch.call.id not in self._calls:
+            return
+        if batch.careful:
+            batch.call.suspects.appendleft((batch.start, batch.stop))
+        else:
+            batch.call.ranges.appendleft((batch.start, batch.stop))
+            batch.call.waiting += batch.stop - batch.start
+
+    def _measure(self, call: Call, items: int, seconds: float) -> None:
+        cost = seconds / items
+        if call.cost is not None:  # one slow item among many shall not count for much
+            cost = 0.5 * (call.cost + min(cost, 4 * call.cost))
+        call.cost = cost
+
+    def _offer(self, worker: _Worker) -> None:
+        """Note whether `worker` may be given more."""
+        self._idle.pop(worker.id, None)
+        self._busy.pop(worker.id, None)
+        if worker.left == 0:
+            if not worker.batches:
+                self._actions.append(Retire(worker.id))
+        elif not worker.batches:
+            self._idle[worker.id] = None
+        elif len(worker.batches) == 1 and self._is_short(worker.batches[0]):
+            self._busy[worker.id] = None
+
+    def _is_short(self, batch: Batch) -> bool:
+        call = batch.call
+        short = call.cost is not None and call.cost * call.chunk < PREFETCH_SECONDS
+        return short and not (call.single or batch.careful or batch.slow)
+
+    def _assign(self) -> None:
+        for call in list(self._calls.values()):
+            if not self._idle and not self._busy:
+                return
+            while call.suspects and self._idle:
+                start, stop = call.suspects.popleft()
+                middle = min(stop, start + _CAREFUL_ITEMS)
+                if middle < stop:
+                    call.suspects.appendleft((middle, stop))
+                self._send(call, self._idle.popitem()[0], start, middle, careful=True)
+            while call.ranges and self._idle:
+                self._send(call, self._idle.popitem()[0], *self._cut(call))
+            if call.single or call.cost is None or call.cost * call.chunk >= PREFETCH_SECONDS:
+                continue
+            # Ahead of time only while there is enough for all: the last items go to who is free.
+            while self._busy and call.waiting >= len(self._workers):
+                self._send(call, self._busy.popitem()[0], *self._cut(call))
+
+    def _target(self, call: Call) -> int:
+        """Return how many items of `call` should make a batch while there are plenty."""
+        if call.single or call.cost is None:
+            return 1
+        size = BATCH_ITEMS if not call.cost else int(BATCH_SECONDS / call.cost)
+        if call.weight:
+            size = min(size, int(BATCH_BYTES / call.weight))
+        return max(1, min(size, call.largest * _GROWTH, BATCH_ITEMS))
+
+    def _cut(self, call: Call) -> tuple[int, int]:
+        """Cut the next batch off the waiting items of `call`."""
+        size = self._target(call)
+        if call.single:
+            size = 1
+        else:
+            share = -(-call.waiting // (2 * max(len(self._workers), 1)))
+            if call.cost and share < size:
+                share = max(share, int(LEAST_SECONDS / call.cost))
+            size = max(1, min(size, share))
+            size = -(-size // call.chunk) * call.chunk
+        start, stop = call.ranges.popleft()
+        if start + size < stop:
+            call.ranges.appendleft((start + size, stop))
+            stop = start + size
+        call.waiting -= stop - start
+        call.largest = max(call.largest, stop - start)
+        return start, stop
+
+    def _send(self, call: Call, worker: int, start: int, stop: int, careful: bool = False) -> None:
+        found = self._workers[worker]
+        if found.left is not None and stop - start > found.left:
+            rest = (start + found.left, stop)
+            stop = start + found.left
+            (call.suspects if careful else call.ranges).appendleft(rest)
+            call.waiting += 0 if careful else rest[1] - rest[0]
+        if found.left is not None:
+            found.left -= stop - start
+        self._batch_ids += 1
+        batch = Batch(self._batch_ids, worker, call, start, stop, careful)
+        self._batches[batch.id] = batch
+        found.batches.append(batch)
+        self._actions.append(Send(batch))
+        self._offer(found)
+
+    # For tests ---------------------------------------------------------------------------------
+
+    def assigned(self) -> Iterator[Batch]:
+        """Yield every batch that is at a worker."""
+        return iter(self._batches.values())

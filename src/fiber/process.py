@@ -1,0 +1,211 @@
+"""`Process`: a process started through the session, with the interface of multiprocessing's.
+
+    Process.start ─► pickled ─► Session.spawn ─► agent ─► child ─► Process._bootstrap ─► run
+
+It is a `multiprocessing.process.BaseProcess`, so that `active_children`, `current_process`, exit
+handling and the libraries that look at them work as they do there; only what starts a process, and
+how one hears of its end, is Fiber's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import context as _mp_context
+from multiprocessing import process as _mp_process
+from time import monotonic
+from typing import Any
+
+from fiber.backends import registry
+from fiber.config import config
+from fiber.errors import StartError
+from fiber.resources import Resources, gpu_environment, meta_of
+from fiber.runtime import main, session
+from fiber.runtime.agents import Child
+from fiber.wire.pickling import dumps
+
+__all__ = ["Popen", "Process", "active_children", "current_process", "parent_process"]
+
+active_children = _mp_process.active_children
+current_process = _mp_process.current_process
+parent_process = _mp_process.parent_process
+
+_slots = 0  # counts processes that asked for GPUs, to spread them
+
+
+class Process(_mp_process.BaseProcess):
+    """A process; `start` has it run `target(*args, **kwargs)`, or `run` of a subclass.
+
+    As `multiprocessing.Process`, with these differences: functions and classes of `__main__`,
+    lambdas and closures need no file that can be imported; a daemonic process may have children,
+    for none can be left behind.
+
+    Args:
+        group: None, as in multiprocessing.
+        target: callable to run.
+        name: for people; `Process-N` by default.
+        args, kwargs: of the target.
+        daemon: end it when this process ends, instead of waiting for it; inherited by default.
+    """
+
+    _backend: str | None = None  # a context's; None for the configured one
+    _start_method = None
+
+    def __init__(
+        self,
+        group: None = None,
+        target: Callable[..., Any] | None = None,
+        name: str | None = None,
+        args: Iterable[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        daemon: bool | None = None,
+    ) -> None:
+        arguments = dict(kwargs or {})
+        super().__init__(group, target, name, tuple(args), arguments, daemon=daemon)  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        """Start the process and return once it runs.
+
+        Raises:
+            StartError: it could not be started; the message says why.
+            SerializationError: it could not be pickled.
+        """
+        self._check_closed()
+        if self._popen is not None:
+            raise AssertionError("cannot start a process twice")
+        if self._parent_pid != os.getpid():
+            raise AssertionError("can only start a process object created by current process")
+        _mp_process._cleanup()
+        self._popen = Popen(self)
+        # What was handed over is the child's; here it may be freed.
+        del self._target, self._args, self._kwargs
+        _mp_process._children.add(self)  # type: ignore[attr-defined]
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is ready when the process has ended, for `connection.wait`."""
+        self._check_closed()
+        if self._popen is None:
+            raise ValueError("process not started")
+        return self._popen.sentinel
+
+    def _resources(self) -> Resources:
+        return meta_of(self._target or self.run)
+
+
+class Popen:
+    """The life of one started process, as `BaseProcess` wants to see it."""
+
+    method = "fiber"
+
+    def __init__(self, process: Process) -> None:
+        self.returncode: int | None = None
+        self._sentinel: tuple[int, int] | None = None
+        self._session = session.current()
+        resources = process._resources()
+        cpu = resources.cpu or config.cpu_per_job
+        agent = self._session.agent(process._backend or registry.chosen(), cpu)
+        data = pickle_process(process, self, agent.names)
+        with self._session.loop:
+            self.child = self._session.spawn(
+                agent, process.name, data, cpu=cpu, extra_environment=gpus_of(resources)
+            )
+        self._session.loop.wait(self.child.started)
+        if self.child.error is not None:
+            raise StartError(f"process {process.name} did not start: {self.child.error}")
+        assert self.child.pid is not None
+        self.pid = self.child.pid
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """Return the exit code, None if it runs."""
+        if self.returncode is None:
+            if not self.child.ended.is_set and not self._session.loop.closed:
+                self._session.loop.poll()
+            if self.child.ended.is_set:
+                self.returncode = self.child.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end, at most `timeout` seconds; return the exit code, None if it runs."""
+        if self.returncode is None and not self._session.loop.closed:
+            self._session.loop.wait(self.child.ended, timeout)
+        return self.poll()
+
+    def _signal(self, signum: int) -> None:
+        if self.returncode is None and not self._session.loop.closed:
+            with self._session.loop:
+                self.child.signal(signum)
+
+    def interrupt(self) -> None:
+        """Send SIGINT."""
+        self._signal(signal.SIGINT)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is ready when the process has ended; made when it is asked for."""
+        if self._sentinel is None:
+            read_end, write_end = os.pipe()
+            self._sentinel = (read_end, write_end)
+            with self._session.loop:
+                if self.child.ended.is_set:
+                    self._close_writing()
+                else:
+                    self.child.on_ended = self._close_writing
+        return self._sentinel[0]
+
+    def _close_writing(self) -> None:
+        assert self._sentinel is not None
+        read_end, write_end = self._sentinel
+        if write_end >= 0:
+            os.close(write_end)
+            self._sentinel = (read_end, -1)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Refuse: descriptors of multiprocessing's own objects cannot travel to other machines."""
+        raise TypeError(
+            "an object of multiprocessing that holds a file descriptor cannot be passed to a "
+            "process of Fiber; use Fiber's own"
+        )
+
+    def close(self) -> None:
+        """Free what is held for the process."""
+        if self._sentinel is not None:
+            self._close_writing()
+            os.close(self._sentinel[0])
+            self._sentinel = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self.close()
+
+
+def gpus_of(resources: Resources) -> dict[str, str]:
+    """Return the environment that gives a process the GPUs it asks for, spread over the machine."""
+    global _slots
+    if not resources.gpu:
+        return {}
+    _slots += 1
+    return gpu_environment(resources.gpu, _slots - 1, os.environ)
+
+
+def pickle_process(process: Process, popen: object, names: frozenset[str]) -> bytes:
+    """Pickle a process object for a child whose main module has `names`."""
+    # multiprocessing's own objects may be pickled only while a process is being started.
+    _mp_context.set_spawning_popen(popen)  # type: ignore[arg-type]
+    try:
+        packed = dumps(process, main.missing(names))
+    finally:
+        _mp_context.set_spawning_popen(None)
+    return pickle.dumps((packed.data, [bytes(buffer) for buffer in packed.buffers]))

@@ -1,0 +1,309 @@
+"""The agent: the program of a job, a warm template that forks processes on request.
+
+    client ─ SPAWN ─► fork ─► child.run            SIGCHLD ─► waitpid ─► EXITED ─► client
+                        └─► STARTED ─► client      the child's stderr ─► the user's stderr, and a tail
+
+It has imported Fiber and the user's main module once and stays single-threaded, so that a fork costs
+milliseconds and shares memory. When the main module leaves threads behind, or the system does not
+fork safely (macOS), it starts fresh interpreters instead.
+
+Its clients are the process that submitted the job and each process that it started itself, which
+may want children of its own. When a client is gone, what it had started is killed; when the first
+client is gone, so is the session, and the agent ends with all that is left of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, NoReturn
+
+from fiber.runtime import child as child_process
+from fiber.runtime import main as main_module
+from fiber.runtime import session as session_module
+from fiber.runtime.agents import EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
+from fiber.runtime.endpoint import HELLO
+from fiber.runtime.loop import READ, Event, Link, Loop
+from fiber.wire.channel import Channel, connect
+from fiber.wire.framing import Frame
+
+__all__ = ["main"]
+
+_CONNECT_TIMEOUT = 30.0  # seconds
+_TAIL = 4096  # bytes of a process's standard error that are kept
+_PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
+
+
+def main() -> NoReturn:
+    """Run an agent; the environment says for whom."""
+    address = os.environ.pop("FIBER_INTERNAL_ADDRESS")
+    token = os.environ.pop("FIBER_INTERNAL_TOKEN")
+    folder = os.environ.pop("FIBER_INTERNAL_SESSION")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the user's processes
+    try:
+        with open(os.path.join(folder, session_module.SECRET_FILE), "rb") as file:
+            secret = file.read()
+        channel = connect(address, secret, _CONNECT_TIMEOUT)
+    except OSError as error:
+        print(f"fiber: the agent cannot reach its master at {address}: {error}", file=sys.stderr)
+        os._exit(1)
+    channel.send(HELLO, pickle.dumps({"token": token, "pid": os.getpid()}))
+    frames: list[Frame] = []
+    while not frames:
+        try:
+            frames = channel.read()
+        except (EOFError, OSError):
+            os._exit(1)
+    assert [frame.kind for frame in frames] == [PREPARE]
+    channel.takes_fds = True
+    Agent(channel, folder, secret, pickle.loads(frames[0].body)).run()
+
+
+class Agent:
+    """Serves its clients until the first of them is gone."""
+
+    def __init__(
+        self, channel: Channel, folder: str, secret: bytes, preparation: dict[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.secret = secret
+        self.preparation = preparation
+        self.names: frozenset[str] = frozenset()
+        self.forks = False
+        self.loop = Loop(background=False)
+        self.processes: dict[int, _Process] = {}  # by process ID
+        self.clients: set[_Client] = set()
+        self.streams: set[_Stream] = set()
+        self._channel = channel
+        self._pid = os.getpid()
+
+    def run(self) -> NoReturn:
+        """Load the main module, then serve."""
+        preparation = self.preparation
+        sys.path[:] = preparation["sys_path"]
+        sys.argv[:] = preparation["argv"]
+        error = None
+        try:
+            os.chdir(preparation["cwd"])
+            self.names = main_module.load(preparation["main"])
+        except BaseException:
+            error = traceback.format_exc()
+        self.forks = sys.platform != "darwin" and _thread_count() == 1
+        child_process.prepare()
+        gc.collect()
+        gc.freeze()
+        with self.loop:
+            wake_read, wake_write = os.pipe()
+            os.set_blocking(wake_read, False)
+            os.set_blocking(wake_write, False)
+            signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+            signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+            self.loop.register(wake_read, READ, lambda events: self._reap(wake_read))
+            self.wake_fds = (wake_read, wake_write)
+            first = _Client(self, self._channel)
+            first.link.post(READY, pickle.dumps((self.names, error)))
+            while True:
+                self.loop.wait_within(Event())
+
+    def lost(self, client: _Client) -> None:
+        """A client is gone: kill what it started; with the first client all is over."""
+        self.clients.discard(client)
+        for process in list(self.processes.values()):
+            if process.client is client or client.first:
+                process.signal(signal.SIGKILL)
+        if client.first:
+            if self.preparation["owner"]:
+                session_module.remove_folder(self.folder)
+            os._exit(0)
+
+    def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
+        """Start a process for `client`."""
+        ours, theirs = socket.socketpair()
+        stderr: _Stream | None = None
+        if request["capture_stderr"]:
+            read_end, write_end = os.pipe()
+            stderr = _Stream(self, read_end, os.dup(fds[1]))
+            os.close(fds[1])
+            fds[1] = write_end
+        try:
+            if self.forks:
+                pid = os.fork()
+                if pid == 0:
+                    ours.close()
+                    self._be_child(request, theirs, fds)
+            else:
+                pid = child_process.start_fresh(self._facts(), request, ours, theirs, fds)
+        except OSError as error:
+            client.link.post(FAILED, pickle.dumps((key, f"it cannot be forked: {error.strerror}")))
+            ours.close()
+            return
+        finally:
+            theirs.close()
+            for fd in fds:
+                os.close(fd)
+        self.processes[pid] = _Process(pid, client, key, stderr)
+        _Client(self, Channel(ours, takes_fds=True))
+        client.link.post(STARTED, pickle.dumps((key, pid)))
+
+    def _be_child(self, request: dict[str, Any], upstream: socket.socket, fds: list[int]) -> None:
+        """In the child: let go of what is the agent's and run; does not return."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for fd in self.wake_fds:
+                os.close(fd)
+            for client in self.clients:
+                client.link.channel.sock.close()
+            for stream in self.streams:
+                stream.abandon()
+            self.loop.abandon()
+            code = child_process.run(self._facts(), request, upstream, fds)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            child_process.flush()
+            os._exit(code)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a process needs to know of its session."""
+        return {
+            "folder": self.folder,
+            "secret": self.secret,
+            "names": self.names,
+            "key": self.preparation["key"],
+            "main": self.preparation["main"],
+            "agent": self._pid,
+        }
+
+    def _reap(self, wake: int) -> None:
+        os.read(wake, 4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            process = self.processes.pop(pid, None)
+            if process is not None:
+                tail = process.stderr.tail() if process.stderr is not None else ""
+                code = os.waitstatus_to_exitcode(status)
+                process.client.link.post(EXITED, pickle.dumps((process.key, code, tail)))
+
+
+class _Process:
+    """A process that was started and has not ended."""
+
+    def __init__(self, pid: int, client: _Client, key: int, stderr: _Stream | None) -> None:
+        self.pid = pid
+        self.client = client
+        self.key = key
+        self.stderr = stderr
+
+    def signal(self, signum: int) -> None:
+        # Not reaped yet, so that the process ID is still its own.
+        os.kill(self.pid, signum)
+
+
+class _Client:
+    """Somebody who has processes started."""
+
+    def __init__(self, agent: Agent, channel: Channel) -> None:
+        self.agent = agent
+        self.first = not agent.clients
+        self.link = Link(agent.loop, channel, self._on_frame, lambda: agent.lost(self))
+        agent.clients.add(self)
+
+    def _on_frame(self, frame: Frame) -> None:
+        key, fact = pickle.loads(frame.body)
+        if frame.kind == SPAWN:
+            fds = [self.link.channel.fds.popleft() for _ in range(fact["fds"])]
+            self.agent.spawn(self, key, fact, fds)
+        elif frame.kind == SIGNAL:
+            for process in self.agent.processes.values():
+                if process.client is self and process.key == key:
+                    process.signal(fact)
+
+
+class _Stream:
+    """The standard error of a process on its way to the user's, with its tail kept."""
+
+    def __init__(self, agent: Agent, source: int, target: int) -> None:
+        self._agent = agent
+        self._source = source
+        self._target = target
+        self._pending = b""
+        self._kept = b""
+        os.set_blocking(source, False)
+        agent.streams.add(self)
+        agent.loop.register(source, READ, self._ready)
+
+    def _ready(self, events: int) -> None:
+        data = self._read()
+        if data is None:
+            return
+        if not data:
+            self._agent.loop.unregister(self._source)
+            self._agent.streams.discard(self)
+            self.abandon()
+            return
+        self._pending += data
+        self._pass_on()
+
+    def _read(self) -> bytes | None:
+        """Return what is there, b"" at the end, None if there is nothing now."""
+        try:
+            data = os.read(self._source, _PIECE)
+        except BlockingIOError:
+            return None
+        self._kept = (self._kept + data)[-_TAIL:]
+        return data
+
+    def _pass_on(self) -> None:
+        """Write what is pending as far as the user's stream takes it without blocking."""
+        while self._pending:
+            if not select.select([], [self._target], [], 0)[1]:
+                self._agent.loop.call_later(0.05, self._pass_on)
+                return
+            try:
+                count = os.write(self._target, self._pending[:_PIECE])
+            except OSError:  # nobody reads it any more
+                count = len(self._pending)
+            self._pending = self._pending[count:]
+
+    def tail(self) -> str:
+        """Return the last lines, with all that the dead process has written."""
+        while True:
+            data = self._read() if self._source >= 0 else b""
+            if not data:
+                break
+            self._pending += data
+        self._pass_on()
+        return self._kept.decode(errors="replace")
+
+    def abandon(self) -> None:
+        """Close the descriptors."""
+        if self._source >= 0:
+            os.close(self._source)
+            os.close(self._target)
+            self._source = -1
+
+
+def _thread_count() -> int:
+    """Return how many threads this process has, those of libraries included where that shows."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The parent's side of an agent: starts processes through it and hears how they end.
+
+    Agent.spawn ─► SPAWN ─► the agent forks ─► STARTED ─► Child.started
+                                           └─► EXITED ──► Child.ended, exitcode, stderr
+
+An agent is either a job that this process submitted, or, in a process that was itself forked by an
+agent, that very agent, reached by the socket that both inherited.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from fiber.backends.base import Backend, Job, JobSpec, JobState
+from fiber.errors import StartError
+from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.wire.channel import Channel
+from fiber.wire.framing import Frame
+
+if TYPE_CHECKING:
+    from fiber.runtime.endpoint import Endpoint
+
+__all__ = ["EXITED", "FAILED", "PREPARE", "READY", "SIGNAL", "SPAWN", "STARTED", "Agent", "Child"]
+
+PREPARE, SPAWN, SIGNAL, READY, STARTED, FAILED, EXITED = range(2, 9)
+"""Kinds of frames between a parent (the first three) and an agent (the others)."""
+
+_LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
+
+
+class Child:
+    """A process that was started through an agent.
+
+    Attributes:
+        name: of the process, for messages.
+        pid: its real process ID, once it has started.
+        exitcode: None while it runs; negative for a signal, as in multiprocessing.
+        stderr: the last lines of its standard error, if they were captured, once it has ended.
+        error: why it did not start.
+        started, ended: set when it has, or never will.
+        on_ended: called within the loop when it has ended.
+    """
+
+    def __init__(self, agent: Agent, key: int, name: str) -> None:
+        self.agent = agent
+        self.key = key
+        self.name = name
+        self.pid: int | None = None
+        self.exitcode: int | None = None
+        self.stderr = ""
+        self.error: str | None = None
+        self.started = Event()
+        self.ended = Event()
+        self.on_ended: Callable[[], object] | None = None
+
+    def signal(self, signum: int) -> None:
+        """Send it a signal, through its agent; nothing happens if it has ended."""
+        if not self.ended.is_set:
+            self.agent._post(SIGNAL, (self.key, signum))
+
+    def _end(self, exitcode: int | None, stderr: str = "", error: str | None = None) -> None:
+        if self.ended.is_set:
+            return
+        self.exitcode, self.stderr, self.error = exitcode, stderr, error
+        self.started.set()
+        self.ended.set()
+        if self.on_ended is not None:
+            self.on_ended()
+
+
+class Agent:
+    """A link to an agent. All methods within the loop, save `names`.
+
+    Attributes:
+        ready: set when processes can be started, or the agent has failed.
+        error: why it failed.
+        names: what the main module has that it loaded.
+    """
+
+    def __init__(self, loop: Loop, name: str) -> None:
+        self.name = name
+        self.ready = Event()
+        self.error: str | None = None
+        self.names: frozenset[str] = frozenset()
+        self.job: Job | None = None
+        self.backend: Backend | None = None
+        self._loop = loop
+        self._link: Link | None = None
+        self._children: dict[int, Child] = {}
+        self._early: list[tuple[int, object, Any]] = []  # posts from before it was ready
+        self._keys = 0
+        self._timer: Timer | None = None
+
+    @classmethod
+    def inherited(cls, loop: Loop, channel: Channel, names: frozenset[str]) -> Agent:
+        """Return the link to the agent that forked this process."""
+        agent = cls(loop, "the agent")
+        agent._link = Link(loop, channel, agent._on_frame, agent._on_lost)
+        agent.names = names
+        agent.ready.set()
+        return agent
+
+    def submit(
+        self,
+        backend: Backend,
+        spec: JobSpec,
+        endpoint: Endpoint,
+        preparation: Mapping[str, Any],
+        timeout: float,
+    ) -> None:
+        """Submit the job in which the agent runs; it will connect to `endpoint`."""
+        token = secrets.token_hex(16)
+        environment = {**spec.environment, "FIBER_INTERNAL_TOKEN": token}
+        self.backend = backend
+        deadline = monotonic() + timeout
+
+        def arrived(link: Link, hello: dict[str, Any]) -> None:
+            self._link = link
+            link.on_frame, link.on_lost = self._on_frame, self._on_lost
+            link.post(PREPARE, pickle.dumps(preparation))
+
+        def look() -> None:
+            """See whether the job ended, or time ran out, before the agent was ready."""
+            assert self.job is not None
+            status = backend.status(self.job)
+            if status.state is JobState.ENDED:
+                end = f"exit code {status.exit_code}" if status.exit_code is not None else "no code"
+                why = f"ended with {end} before it was ready"
+                detail = " ".join(filter(None, [status.reason, status.message]))
+                self._fail(f"{why}{': ' + detail if detail else ''}")
+            elif monotonic() > deadline:
+                backend.kill(self.job)
+                self._fail(f"was not ready after {timeout:g} seconds (start_timeout)")
+            else:
+                self._timer = self._loop.call_later(_LOOK_AGAIN, look)
+                return
+            endpoint.forget(token)
+
+        endpoint.expect(token, arrived)
+        try:
+            self.job = backend.submit(
+                [JobSpec(spec.name, spec.command, environment, spec.resources)]
+            )[0]
+        except StartError as error:
+            endpoint.forget(token)
+            self._fail(str(error))
+            return
+        self._timer = self._loop.call_later(_LOOK_AGAIN, look)
+
+    @property
+    def usable(self) -> bool:
+        """Whether processes can be started through it, now or soon."""
+        return self.error is None
+
+    def spawn(self, name: str, request: Mapping[str, Any], fds: Any = ()) -> Child:
+        """Have a process started, as soon as the agent is ready."""
+        self._keys += 1
+        child = Child(self, self._keys, name)
+        if self.error is not None:
+            for fd in fds:
+                os.close(fd)
+            child._end(None, error=self.error)
+        else:
+            self._children[child.key] = child
+            self._post(SPAWN, (child.key, {**request, "name": name, "fds": len(fds)}), fds)
+        return child
+
+    def _post(self, kind: int, body: object, fds: Any = ()) -> None:
+        if not self.ready.is_set:
+            self._early.append((kind, body, fds))
+        elif self._link is not None:
+            self._link.post(kind, pickle.dumps(body), (), fds)
+
+    def _on_frame(self, frame: Frame) -> None:
+        body = pickle.loads(frame.body)
+        if frame.kind == READY:
+            if self._timer is not None:
+                self._timer.cancel()
+            self.names, error = body
+            if error is not None:
+                self._fail(f"could not load the program's main module:\n{error}")
+            else:
+                self.ready.set()
+                early, self._early = self._early, []
+                for post in early:
+                    self._post(*post)
+            return
+        key, *facts = body
+        child = self._children.get(key)
+        if child is None:
+            return
+        if frame.kind == STARTED:
+            (child.pid,) = facts
+            child.started.set()
+        elif frame.kind == FAILED:
+            del self._children[key]
+            child._end(None, error=facts[0])
+        elif frame.kind == EXITED:
+            del self._children[key]
+            child._end(*facts)
+
+    def _on_lost(self) -> None:
+        self._fail("ended unexpectedly")
+
+    def _fail(self, error: str) -> None:
+        """It is gone, and with it all that it started."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.error is not None:
+            return
+        self.error = f"{self.name} {error}"
+        if self._link is not None:
+            self._link.close()
+        self.ready.set()
+        for _, _, fds in self._early:
+            for fd in fds:
+                os.close(fd)
+        self._early.clear()
+        children, self._children = self._children, {}
+        for child in children.values():
+            child._end(-9, error=self.error)
+
+    def close(self) -> None:
+        """Let it end with all that it started."""
+        self._fail("was closed")
+
+    def collect(self) -> None:
+        """Wait, without the loop, until its job has ended; kill it if that takes too long."""
+        if self.job is None or self.backend is None:
+            return
+        deadline = monotonic() + 3
+        pause = 0.001
+        while self.backend.status(self.job).state is not JobState.ENDED:
+            if monotonic() > deadline:
+                self.backend.kill(self.job)
+                return
+            _wait(pause)
+            pause = min(2 * pause, 0.02)
+
+
+def _wait(seconds: float) -> None:
+    import select
+
+    select.select([], [], [], seconds)
+
+
+def standard_streams() -> list[int]:
+    """Return duplicates of this process's standard output and error, for a child to use."""
+    fds: list[int] = []
+    for fd in (1, 2):
+        try:
+            fds.append(os.dup(fd))
+        except OSError:
+            fds.append(os.open(os.devnull, os.O_WRONLY))
+    return fds

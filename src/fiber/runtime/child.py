@@ -1,0 +1,163 @@
+"""What a started process does before the user's code, and after it.
+
+Forked by the agent, it finds the main module loaded and everything else in the agent's memory. In a
+fresh interpreter it reads the same facts from the socket that it inherited, and loads the main
+module itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from fiber.config import config
+from fiber.runtime import main as main_module
+from fiber.runtime import session
+
+__all__ = ["flush", "prepare", "run", "run_fresh", "start_fresh"]
+
+_PR_SET_PDEATHSIG = 1
+_SIZE = struct.Struct("!Q")
+
+_prctl: Callable[[int, int], int] | None = None
+
+
+def prepare() -> None:
+    """In the agent: load what its children need."""
+    global _prctl
+    import fiber.pool.worker
+    import fiber.process  # noqa: F401
+
+    if sys.platform == "linux":
+        import ctypes
+
+        _prctl = ctypes.CDLL(None).prctl
+
+
+def run(facts: dict[str, Any], request: dict[str, Any], upstream: socket.socket, fds: list[int]) -> int:
+    """Run the requested process here; return its exit code.
+
+    Args:
+        facts: of the session, from the agent.
+        request: see `Session.spawn`.
+        upstream: the connection to the agent, which also tells it that this process lives.
+        fds: standard output and error.
+    """
+    if _prctl is not None:
+        # The agent kills us when our parent is gone; should the agent itself be killed, the
+        # kernel does.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != facts["agent"]:
+            return 1
+    for number, fd in enumerate(fds, 1):
+        os.dup2(fd, number)
+        os.close(fd)
+    handler = signal.SIG_IGN if request["ignore_interrupt"] else signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
+    if os.environ != request["environment"]:
+        os.environ.clear()
+        os.environ.update(request["environment"])
+    sys.path[:] = request["sys_path"]
+    sys.argv[:] = request["argv"]
+    with contextlib.suppress(OSError):  # as mp: a folder that is gone is no reason to fail
+        os.chdir(request["cwd"])
+    config.adopt(request["config"])
+    session.inherit(
+        folder=facts["folder"],
+        secret=facts["secret"],
+        names=facts["names"],
+        key=facts["key"],
+        socket=upstream,
+    )
+    if request["capture_stderr"]:
+        faulthandler.enable(file=2)
+    try:
+        data, buffers = pickle.loads(request["process"])
+        process = pickle.loads(data, buffers=buffers)
+    except Exception:
+        print(f"fiber: the process {request['name']} cannot be unpickled:", file=sys.stderr)
+        traceback.print_exc()
+        return 1
+    code: int = process._bootstrap(parent_sentinel=_parent_sentinel(request["parent"], upstream))
+    return code
+
+
+def _parent_sentinel(parent: int, upstream: socket.socket) -> int:
+    """Return a descriptor that is ready once the parent is gone."""
+    try:
+        return os.pidfd_open(parent)
+    except (AttributeError, OSError):
+        return os.dup(upstream.fileno())
+
+
+def flush() -> None:
+    """Flush the standard streams before `os._exit`."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+# In a fresh interpreter ------------------------------------------------------------------------
+
+
+def start_fresh(
+    facts: dict[str, Any],
+    request: dict[str, Any],
+    ours: socket.socket,
+    theirs: socket.socket,
+    fds: list[int],
+) -> int:
+    """In the agent: start an interpreter that runs the requested process; return its ID."""
+    import subprocess
+    from multiprocessing import util
+
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    program = (
+        f"import sys; sys.path.append({package!r}); "
+        f"from fiber.runtime.child import run_fresh; run_fresh({theirs.fileno()})"
+    )
+    popen = subprocess.Popen(
+        [sys.executable, *flags, "-c", program],
+        env=request["environment"],
+        stdin=subprocess.DEVNULL,
+        stdout=fds[0],
+        stderr=fds[1],
+        pass_fds=[theirs.fileno()],
+    )
+    popen.returncode = 0  # the agent reaps it
+    data = pickle.dumps((facts, request))
+    ours.sendall(_SIZE.pack(len(data)) + data)
+    return popen.pid
+
+
+def run_fresh(fd: int) -> None:
+    """In the interpreter that `start_fresh` started: run the requested process."""
+    upstream = socket.socket(fileno=fd)
+    os.set_inheritable(fd, False)
+    with upstream.makefile("rb") as file:
+        (size,) = _SIZE.unpack(file.read(_SIZE.size))
+        facts, request = pickle.loads(file.read(size))
+    code = 1
+    try:
+        prepare()
+        sys.path[:] = request["sys_path"]
+        sys.argv[:] = request["argv"]
+        facts["names"] = main_module.load(facts["main"])
+        code = run(facts, request, upstream, [])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        flush()
+        os._exit(code)

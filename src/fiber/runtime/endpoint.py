@@ -1,0 +1,190 @@
+"""The endpoint: where other processes of the session connect to this one.
+
+    accept ─► ListenerHandshake ─► hello frame with a token ─► whoever expects that token
+
+Nothing of a peer is unpickled before its handshake is done. Handshakes have a deadline and are
+limited in number: when there are too many the oldest goes, for those of our own take milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from fiber.errors import AuthenticationError
+from fiber.runtime.loop import READ, Link, Loop
+from fiber.wire.auth import ListenerHandshake
+from fiber.wire.channel import Channel
+from fiber.wire.framing import Frame
+
+__all__ = ["HELLO", "Endpoint"]
+
+logger = logging.getLogger("fiber")
+
+HELLO = 1
+"""Kind of the first frame of a caller: a pickled dictionary with its `token`."""
+
+HANDSHAKE_TIMEOUT = 10.0  # seconds
+MAX_HANDSHAKES = 256
+
+_CLOSED = "it closed the connection before it said who it is"  # as a worker does that is killed
+
+Expected = Callable[[Link, dict[str, Any]], object]
+
+
+class Endpoint:
+    """A listening socket in the loop. All methods within the loop.
+
+    Args:
+        loop: which one.
+        path: of the Unix socket, in a folder that only this user can enter.
+        secret: of the session.
+    """
+
+    def __init__(self, loop: Loop, path: str, secret: bytes) -> None:
+        self.address = f"unix:{path}"
+        self._loop = loop
+        self._path = path
+        self._secret = secret
+        self._expected: dict[str, Expected] = {}
+        self._strangers: dict[_Caller, None] = {}  # in the order of their arrival
+        self._told: set[str] = set()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.bind(path)
+        self._sock.listen(1024)
+        self._sock.setblocking(False)
+        loop.register(self._sock.fileno(), READ, self._accept)
+
+    def expect(self, token: str, arrived: Expected) -> None:
+        """Have `arrived(link, hello)` called, once, when the holder of `token` connects.
+
+        It sets the link's `on_frame` and `on_lost`.
+        """
+        self._expected[token] = arrived
+
+    def forget(self, token: str) -> None:
+        """Expect `token` no more."""
+        self._expected.pop(token, None)
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's file."""
+        for caller in list(self._strangers):
+            caller.close()
+        self._loop.unregister(self._sock.fileno())
+        self._sock.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def _accept(self, events: int) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors, or the caller is gone again
+                self._refuse(f"it could not be accepted: {error.strerror}")
+                return
+            if len(self._strangers) >= MAX_HANDSHAKES:
+                oldest = next(iter(self._strangers))
+                oldest.refuse("too many connections have not finished their handshake")
+            caller = _Caller(self, sock)
+            self._strangers[caller] = None
+            caller.greet()
+
+    def _refuse(self, reason: str) -> None:
+        """Say once for each reason that somebody was refused; more of the same is for debugging."""
+        known = reason in self._told or reason == _CLOSED
+        level = logging.DEBUG if known else logging.WARNING
+        self._told.add(reason)
+        logger.log(level, "fiber: refused a connection to %s: %s", self.address, reason)
+
+
+class _Caller:
+    """A connection whose handshake is not done."""
+
+    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
+        self._endpoint = endpoint
+        self._loop = endpoint._loop
+        self._sock = sock
+        self._handshake = ListenerHandshake(endpoint._secret)
+        self._link: Link | None = None
+        late = f"its handshake took more than {HANDSHAKE_TIMEOUT:.0f} seconds"
+        self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, lambda: self.refuse(late))
+        sock.setblocking(False)
+        self._loop.register(sock.fileno(), READ, self._ready)
+
+    def greet(self) -> None:
+        """Begin the handshake."""
+        self._send(self._handshake.greeting)
+
+    def _send(self, data: bytes) -> None:
+        # A fresh socket's buffer holds these few bytes; a peer for whom it does not is refused.
+        try:
+            whole = self._sock.send(data) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            self.refuse(_CLOSED)
+
+    def _ready(self, events: int) -> None:
+        try:
+            # Exactly what the handshake wants: what follows belongs to the channel.
+            data = self._sock.recv(self._handshake.wants)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.refuse(_CLOSED)
+            return
+        try:
+            proof = self._handshake.feed(data)
+        except AuthenticationError as error:
+            self.refuse(str(error))
+            return
+        if proof is not None:
+            self._send(proof)
+            if not self.closed:
+                self._loop.unregister(self._sock.fileno())
+                lost = lambda: self.refuse(_CLOSED)  # noqa: E731
+                self._link = Link(self._loop, Channel(self._sock), self._greeted, lost)
+
+    def _greeted(self, frame: Frame) -> None:
+        """The peer belongs to the session: hand its link to who expects it."""
+        assert self._link is not None
+        hello = pickle.loads(frame.body) if frame.kind == HELLO else {}
+        arrived = self._endpoint._expected.pop(hello.get("token", ""), None)
+        if arrived is None:
+            self.refuse("nobody expects it any more")
+            return
+        self._forget()
+        arrived(self._link, hello)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was refused, or handed over."""
+        return self not in self._endpoint._strangers
+
+    def _forget(self) -> None:
+        self._timer.cancel()
+        self._endpoint._strangers.pop(self, None)
+
+    def refuse(self, reason: str) -> None:
+        """Close it and say why."""
+        if not self.closed:
+            self.close()
+            self._endpoint._refuse(reason)
+
+    def close(self) -> None:
+        """Close it."""
+        self._forget()
+        if self._link is not None:
+            self._link.close()
+        else:
+            self._loop.unregister(self._sock.fileno())
+            self._sock.close()

@@ -1,0 +1,482 @@
+"""The loop: all socket I/O of a process, done by one thread at a time.
+
+    sockets, timers, calls ─► turn ─► handlers ─► state of pools and processes, events set
+                               ▲
+            the leader: a thread that waits for an event, or else the background thread
+
+Whoever waits for an event leads: it polls the sockets and runs the handlers itself, so that a round
+trip costs two context switches and not four. When several threads wait, one leads and the others
+sleep until their event is set or the leadership falls to them. When nobody waits, a background
+thread leads.
+
+One lock guards everything that handlers touch; it is free only while the leader polls. Code from
+outside comes in by `with loop:`, which takes the lock, puts off signal handlers (a KeyboardInterrupt
+must not tear a message in two) and sends what was posted when it leaves. Finalizers, which may run
+anywhere, use `call_soon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+from fiber.runtime.signals import Deferral
+from fiber.wire.channel import Channel
+from fiber.wire.framing import Frame, FrameError
+
+__all__ = ["Event", "Link", "Loop", "Timer"]
+
+logger = logging.getLogger("fiber")
+
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+_DOZE = 0.005  # seconds after which the background thread takes over from threads that left
+
+
+class _Sleeper:
+    """A thread that waits while another leads."""
+
+    __slots__ = ("_lock", "_woken")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._woken = False
+
+    def sleep(self, timeout: float | None) -> None:
+        self._lock.acquire(timeout=-1 if timeout is None else timeout)
+
+    def wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # a signal handler was faster
+                self._lock.release()
+
+
+class Event:
+    """As `threading.Event`, but who waits for it, by `Loop.wait`, drives the loop.
+
+    Set within the loop only.
+    """
+
+    __slots__ = ("_sleepers", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._sleepers: list[_Sleeper] = []
+
+    def set(self) -> None:
+        """Set it and wake all that wait for it."""
+        self.is_set = True
+        for sleeper in self._sleepers:
+            sleeper.wake()
+
+
+class Timer:
+    """A call at a point in time; `cancel` takes it back."""
+
+    __slots__ = ("call", "when")
+
+    def __init__(self, when: float, call: Callable[[], object]) -> None:
+        self.when = when
+        self.call: Callable[[], object] | None = call
+
+    def cancel(self) -> None:
+        """Let it pass without a call."""
+        self.call = None
+
+
+class Loop:
+    """See the module. All methods but `wait`, `poll`, `call_soon` and `close` need `with loop:`.
+
+    Args:
+        background: whether to have the background thread; without it something must always wait.
+    """
+
+    def __init__(self, *, background: bool = True) -> None:
+        self._lock = threading.Lock()
+        self._has_background = background
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._selector.register(self._wake_read, READ, self._woken)
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._timer_ids = itertools.count()
+        self._unsent: list[Link] = []
+        self._deferral = Deferral(self._interrupt)
+        self._leader: int | None = None  # identity of the thread
+        self._background_leads = False
+        self._led = 0  # how often a waiting thread began to lead
+        self._polling = False
+        self._sleepers: deque[_Sleeper] = deque()  # who waits while another leads, oldest first
+        self._main_sleeper: _Sleeper | None = None
+        self._background: threading.Thread | None = None
+        self._bell = threading.Lock()  # held; released to wake the background thread
+        self._bell.acquire()
+        self._parked = False
+        self._failure: BaseException | None = None
+        self.closed = False
+
+    # From outside ------------------------------------------------------------------------------
+
+    def __enter__(self) -> Loop:
+        self._deferral.enter()
+        self._lock.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._flush()
+            if self._parked and self._leader is None:
+                self._parked = False
+                self._bell.release()
+        finally:
+            self._lock.release()
+            self._deferral.leave()
+
+    def wait(self, event: Event, timeout: float | None = None) -> bool:
+        """Wait until `event` is set, at most `timeout` seconds; return whether it is set.
+
+        Raises:
+            RuntimeError: the loop was closed, or failed, so that nobody could set the event.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        while not event.is_set:
+            with self:
+                self.wait_within(event, deadline)
+            if deadline is not None and monotonic() >= deadline:
+                break
+        return event.is_set
+
+    def wait_within(self, event: Event, deadline: float | None = None) -> None:
+        """As `wait`, for a caller that is in `with loop:` already; may return early.
+
+        It does so when a signal came: its handler runs, and raises perhaps, as the caller leaves.
+        """
+        try:
+            while not event.is_set and not (self._deferral.pending and self._is_main()):
+                if self._failure is not None or self.closed:
+                    raise RuntimeError("Fiber's I/O loop ended") from self._failure
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return
+                if self._leader is None:
+                    self._lead(event, deadline)
+                else:
+                    self._sleep(event, left)
+        finally:
+            self._hand_over()
+
+    def poll(self) -> None:
+        """Handle what has arrived, without waiting."""
+        with self:
+            if self._leader is None and not self.closed:
+                self._leader = threading.get_ident()
+                try:
+                    self._turn(0)
+                finally:
+                    self._step_down()
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Have `call` run within the loop, soon; from anywhere, finalizers included."""
+        # No lock: it may be held by the very thread whose finalizer this is. While the background
+        # thread is parked another leads, and rings for it when it leaves.
+        self._calls.append(call)
+        self._kick()
+
+    def close(self) -> None:
+        """End the loop; whoever waits gets a RuntimeError."""
+        with self:
+            if self.closed:
+                return
+            self.closed = True
+            for sleeper in self._sleepers:
+                sleeper.wake()
+            self._kick()
+            if self._parked:
+                self._parked = False
+                self._bell.release()
+        if self._background is not None and self._background is not threading.current_thread():
+            self._background.join(timeout=5)
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def abandon(self) -> None:
+        """After a fork, in the child: close the descriptors, and nothing else."""
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # Within the loop ---------------------------------------------------------------------------
+
+    def register(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
+        """Have `handler(events)` called when `fd` is ready."""
+        self._selector.register(fd, events, handler)
+        if self._background is None and self._has_background:
+            self._background = threading.Thread(
+                target=self._run_background, name="fiber-io", daemon=True
+            )
+            self._background.start()
+
+    def modify(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
+        """Change what `fd` is watched for."""
+        self._selector.modify(fd, events, handler)
+
+    def unregister(self, fd: int) -> None:
+        """Watch `fd` no more."""
+        self._selector.unregister(fd)
+
+    def call_at(self, when: float, call: Callable[[], object]) -> Timer:
+        """Have `call` run at `when` (of `time.monotonic`)."""
+        timer = Timer(when, call)
+        heapq.heappush(self._timers, (when, next(self._timer_ids), timer))
+        if self._polling and self._timers[0][2] is timer:
+            self._kick()
+        return timer
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
+        """Have `call` run in `seconds`."""
+        return self.call_at(monotonic() + seconds, call)
+
+    def send_soon(self, link: Link) -> None:
+        """Have the outbox of `link` sent at the end of this turn."""
+        self._unsent.append(link)
+
+    # Leading -----------------------------------------------------------------------------------
+
+    def _is_main(self) -> bool:
+        return threading.get_ident() == threading.main_thread().ident
+
+    def _lead(self, event: Event, deadline: float | None) -> None:
+        self._leader = threading.get_ident()
+        self._led += 1
+        try:
+            while not (event.is_set or self.closed or self._failure is not None):
+                if self._deferral.pending and self._is_main():
+                    break
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._turn(left)
+        finally:
+            self._step_down()
+
+    def _step_down(self) -> None:
+        self._leader = None
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """See to it that somebody who waits leads; whoever wakes in vain hands over as well."""
+        if self._leader is None and self._sleepers:
+            self._sleepers[0].wake()
+
+    def _sleep(self, event: Event, timeout: float | None) -> None:
+        """Wait while another thread leads; the background thread yields to us."""
+        sleeper = _Sleeper()
+        self._sleepers.append(sleeper)
+        event._sleepers.append(sleeper)
+        if self._is_main():
+            self._main_sleeper = sleeper
+        if self._background_leads:
+            self._kick()
+        self._flush()
+        self._lock.release()
+        try:
+            sleeper.sleep(timeout)
+        finally:
+            self._lock.acquire()
+            if self._main_sleeper is sleeper:
+                self._main_sleeper = None
+            self._sleepers.remove(sleeper)
+            event._sleepers.remove(sleeper)
+
+    def _turn(self, timeout: float | None) -> None:
+        """Poll once, then handle what came, what is due and what was asked for, and send."""
+        self._flush()
+        if self._calls:
+            timeout = 0
+        elif self._timers:
+            due = max(0.0, self._timers[0][0] - monotonic())
+            timeout = due if timeout is None else min(timeout, due)
+        self._polling = True
+        self._lock.release()
+        try:
+            ready = self._selector.select(timeout)
+        finally:
+            self._lock.acquire()
+            self._polling = False
+        try:
+            for key, events in ready:
+                key.data(events)
+            while self._calls:
+                self._calls.popleft()()
+            if self._timers:
+                self._run_timers()
+            self._flush()
+        except BaseException as error:
+            # A defect of a handler: nobody shall wait for what can no longer come.
+            self._failure = error
+            for sleeper in self._sleepers:
+                sleeper.wake()
+            raise
+
+    def _run_timers(self) -> None:
+        now = monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            call = heapq.heappop(self._timers)[2].call
+            if call is not None:
+                call()
+
+    def _flush(self) -> None:
+        while self._unsent:
+            self._unsent.pop().flush()
+
+    def _run_background(self) -> None:
+        seen = -1
+        while True:
+            with self._lock:
+                if self.closed or self._failure is not None:
+                    return
+                if self._leader is None and self._led == seen and not self._sleepers:
+                    self._leader = threading.get_ident()
+                    self._background_leads = True
+                    try:
+                        while not (self._sleepers or self.closed):
+                            self._turn(None)
+                    finally:
+                        self._background_leads = False
+                        self._step_down()
+                elif self._leader is not None and self._led == seen:
+                    self._parked = True  # a thread leads for long: it rings when it leaves
+                seen = self._led
+                parked = self._parked
+            if parked:
+                self._bell.acquire()
+                seen = self._led
+            self._bell.acquire(timeout=_DOZE)
+
+    # Waking ------------------------------------------------------------------------------------
+
+    def _kick(self) -> None:
+        """Make the leader return from its poll."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_write, b"\0")
+
+    def _woken(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _interrupt(self) -> None:
+        """A signal was put off: wake the main thread, wherever it waits."""
+        self._kick()
+        if self._main_sleeper is not None:
+            self._main_sleeper.wake()
+
+
+class Link:
+    """A channel in the loop.
+
+    Args:
+        loop: which one.
+        channel: it is made non-blocking, and closed by `close`.
+        on_frame: called with each frame.
+        on_lost: called once when the peer is gone or sent what is no frame.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        channel: Channel,
+        on_frame: Callable[[Frame], Any],
+        on_lost: Callable[[], Any],
+    ) -> None:
+        self.channel = channel
+        self.lost = False
+        self._loop = loop
+        self.on_frame = on_frame
+        self.on_lost = on_lost
+        self._waits_to_send = False
+        self._broken = False  # nothing goes out any more; what came in is still read
+        channel.sock.setblocking(False)
+        loop.register(channel.fileno(), READ, self._ready)
+
+    def post(self, kind: int, body: bytes, buffers: Any = (), fds: Any = ()) -> None:
+        """Send a frame at the end of this turn; into the void if the peer is gone."""
+        if self._broken or self.lost:
+            for fd in fds:
+                os.close(fd)
+            return
+        self.channel.post(kind, body, buffers, fds)
+        self._loop.send_soon(self)
+
+    def flush(self) -> None:
+        """Send what can be sent now."""
+        if self.lost or self._broken:
+            return
+        try:
+            sent = self.channel.flush()
+        except OSError:
+            self._broken = sent = True
+        if sent == self._waits_to_send:
+            self._waits_to_send = not sent
+            events = READ if sent else READ | WRITE
+            self._loop.modify(self.channel.fileno(), events, self._ready)
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self.flush()
+        if events & READ and not self.lost:
+            self._read()
+
+    def _read(self) -> bool:
+        """Handle what one `recv` brings; return whether there may be more."""
+        try:
+            frames = self.channel.read()
+        except BlockingIOError:
+            return False
+        except FrameError as error:
+            logger.error("fiber: a channel is closed, for its peer sent a damaged frame: %s", error)
+            self._lose()
+            return False
+        except (EOFError, OSError):
+            self._lose()
+            return False
+        for frame in frames:
+            self.on_frame(frame)
+            if self.lost:
+                return False
+        return True
+
+    def drain(self) -> None:
+        """Handle all that has arrived, to the end."""
+        while not self.lost and self._read():
+            pass
+
+    def _lose(self) -> None:
+        self.close()
+        self.on_lost()
+
+    def close(self) -> None:
+        """Close the channel; `on_lost` is not called."""
+        if not self.lost:
+            self.lost = True
+            self._loop.unregister(self.channel.fileno())
+            self.channel.close()

@@ -1,0 +1,244 @@
+"""The session: one program and all the processes that it starts, on however many machines.
+
+The program's first process is the master. It makes the session at first use: a folder that only
+this user can enter, with the sockets and the secret, and ends it when it ends. Every process of the
+session has a `Session` of its own, made at first use as well, with its loop, its endpoint and its
+agents; they share the folder and the secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+from multiprocessing import util as _util
+from typing import Any
+
+from fiber.backends import registry
+from fiber.backends.base import JobSpec
+from fiber.config import config
+from fiber.errors import StartError
+from fiber.resources import Resources, thread_environment
+from fiber.runtime import main
+from fiber.runtime.agents import Agent, Child, standard_streams
+from fiber.runtime.endpoint import Endpoint
+from fiber.runtime.loop import Loop
+from fiber.wire.auth import new_secret
+from fiber.wire.channel import Channel
+
+__all__ = ["Session", "current", "inherit", "secret", "shutdown"]
+
+SECRET_FILE = "secret"
+_PREFIX = f"fiber-{os.getuid()}-"
+_MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
+
+
+class Session:
+    """This process's part of a session."""
+
+    def __init__(self, folder: str, secret: bytes, *, owner: bool) -> None:
+        self.folder = folder
+        self.secret = secret
+        self.loop = Loop()
+        self._owner = owner
+        self._endpoint: Endpoint | None = None
+        self._agents: dict[tuple[str, int], Agent] = {}
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where others reach this process. Within the loop."""
+        if self._endpoint is None:
+            name = f"{os.getpid()}.sock"
+            self._endpoint = Endpoint(self.loop, os.path.join(self.folder, name), self.secret)
+        return self._endpoint
+
+    def agent(self, backend: str, cpu: int) -> Agent:
+        """Return an agent of `backend` whose processes use `cpu` CPUs each, ready for use.
+
+        Raises:
+            StartError: it did not come up; the message says why.
+        """
+        with self.loop:
+            agent = self.agent_soon(backend, cpu)
+        self.loop.wait(agent.ready)
+        if agent.error is not None:
+            raise StartError(agent.error)
+        return agent
+
+    def agent_soon(self, backend: str, cpu: int) -> Agent:
+        """As `agent`, but it may not be ready yet, or never be. Within the loop."""
+        key = (backend, cpu)
+        agent = self._agents.get(key)
+        if agent is None or not agent.usable:
+            if agent is not None:
+                agent.collect()
+            agent = self._agents[key] = self._submit(backend, cpu)
+        return agent
+
+    def _submit(self, backend: str, cpu: int) -> Agent:
+        agent = Agent(self.loop, f"the {backend} agent")
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        flags = _util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        program = (
+            f"import sys; sys.path.append({package!r}); "
+            "from fiber.runtime.agent import main; main()"
+        )
+        spec = JobSpec(
+            name=agent.name,
+            command=[sys.executable, *flags, "-c", program],
+            environment={
+                **environment(cpu),
+                "FIBER_INTERNAL_SESSION": self.folder,
+                "FIBER_INTERNAL_ADDRESS": self.endpoint.address,
+            },
+            resources=Resources(cpu=cpu),
+        )
+        preparation = {
+            "sys_path": list(sys.path),
+            "argv": list(sys.argv),
+            "cwd": os.getcwd(),
+            "main": main.describe(),
+            "key": (backend, cpu),
+            "owner": self._owner,
+        }
+        timeout = config.start_timeout
+        agent.submit(registry.get(backend), spec, self.endpoint, preparation, timeout)
+        return agent
+
+    def spawn(
+        self,
+        agent: Agent,
+        name: str,
+        process: bytes,
+        *,
+        cpu: int = 1,
+        extra_environment: dict[str, str] | None = None,
+        capture_stderr: bool = False,
+        ignore_interrupt: bool = False,
+    ) -> Child:
+        """Have `agent` start a process. Within the loop.
+
+        Args:
+            agent: one of this session's, ready.
+            name: for messages.
+            process: a pickled `Process` object.
+            cpu: how many CPUs it uses.
+            extra_environment: variables of its own.
+            capture_stderr: keep the last lines that it writes to its standard error.
+            ignore_interrupt: let it ignore SIGINT.
+        """
+        request = {
+            "environment": {**environment(cpu), **(extra_environment or {})},
+            "cwd": os.getcwd(),
+            "sys_path": list(sys.path),
+            "argv": list(sys.argv),
+            "config": config.as_dict(),
+            "parent": os.getpid(),
+            "process": process,
+            "capture_stderr": capture_stderr,
+            "ignore_interrupt": ignore_interrupt,
+        }
+        return agent.spawn(name, request, standard_streams())
+
+    def close(self) -> None:
+        """End this part; the owner's end is the end of the session."""
+        with self.loop:
+            for agent in self._agents.values():
+                agent.close()
+            if self._endpoint is not None:
+                self._endpoint.close()
+        self.loop.close()
+        for agent in self._agents.values():
+            agent.collect()
+        if self._owner:
+            remove_folder(self.folder)
+
+
+def environment(cpu: int) -> dict[str, str]:
+    """Return this process's environment with the thread counts that `cpu` CPUs call for."""
+    return {**os.environ, **thread_environment(cpu, os.environ)}
+
+
+def _make_folder(secret: bytes) -> str:
+    base = tempfile.gettempdir()
+    if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
+        base = "/tmp"
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
+    fd = os.open(os.path.join(folder, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(secret)
+    return folder
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a session's folder and what is in it."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+# The session of this process -------------------------------------------------------------------
+
+_current: Session | None = None
+_inherited: dict[str, Any] = {}
+_making = threading.Lock()
+_abandoned: list[Session] = []  # of our parent: not to be finalized here
+
+
+def current() -> Session:
+    """Return the session of this process, made at its first use."""
+    global _current
+    main.check_loaded()
+    with _making:
+        if _current is None:
+            if _inherited:
+                _current = Session(_inherited["folder"], _inherited["secret"], owner=False)
+                with _current.loop:
+                    channel = Channel(_inherited["socket"])
+                    agent = Agent.inherited(_current.loop, channel, _inherited["names"])
+                _current._agents[_inherited["key"]] = agent
+            else:
+                key = new_secret()
+                _current = Session(_make_folder(key), key, owner=True)
+            # Last of all at exit: multiprocessing's exit function ends and joins children before.
+            _util.Finalize(None, shutdown, exitpriority=-100)
+        return _current
+
+
+def secret() -> bytes:
+    """Return the secret of the session that this process belongs to."""
+    inherited: bytes | None = _inherited.get("secret")
+    return current().secret if inherited is None else inherited
+
+
+def inherit(**facts: Any) -> None:
+    """In a process that an agent forked: take part in the session that it belongs to."""
+    global _current
+    _current = None
+    _inherited.update(facts)
+
+
+def shutdown() -> None:
+    """End this process's session, or its part in it, and all that it started; it may begin anew."""
+    global _current
+    with _making:
+        session, _current = _current, None
+    if session is not None:
+        session.close()
+
+
+def _forget_after_fork() -> None:
+    """In a child of `os.fork`: the session is the parent's, this process may make one of its own."""
+    global _current, _making
+    _making = threading.Lock()
+    if _current is not None:
+        _abandoned.append(_current)
+    _current = None
+    _inherited.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

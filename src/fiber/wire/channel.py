@@ -1,0 +1,144 @@
+"""A channel: an authenticated stream socket that posts and reads frames.
+
+    post ─► outbox ─► flush ─► socket ─► read ─► frames
+
+A socket that blocks makes `flush` send all; one that does not makes it send what goes and say
+whether anything is left. Whoever shares a channel among threads holds a lock of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+from fiber.errors import AuthenticationError
+from fiber.wire.auth import CallerHandshake
+from fiber.wire.framing import READ_SIZE, Buffer, Frame, FrameReader, encode
+
+__all__ = ["Channel", "connect"]
+
+_PIECES = 512  # pieces for one sendmsg; the system's limit is 1024
+
+
+class Channel:
+    """Posts and reads frames on `sock`, which it owns."""
+
+    def __init__(self, sock: socket.socket, *, takes_fds: bool = False) -> None:
+        self.sock = sock
+        self.fds: deque[int] = deque()
+        """File descriptors that came along, in order; theirs who takes them out."""
+        self.takes_fds = takes_fds
+        self._reader = FrameReader(sock)
+        self._outbox: deque[tuple[Buffer, Sequence[int]]] = deque()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket, -1 when it is closed."""
+        return self.sock.fileno()
+
+    def post(
+        self, kind: int, body: Buffer, buffers: Sequence[Buffer] = (), fds: Sequence[int] = ()
+    ) -> None:
+        """Put a frame into the outbox; `fds` (Unix sockets only) travel with its first bytes."""
+        first, *others = encode(kind, body, buffers)
+        self._outbox.append((first, fds))
+        for piece in others:
+            self._outbox.append((piece, ()))
+
+    def flush(self) -> bool:
+        """Send what is in the outbox; return whether all of it went.
+
+        Raises:
+            OSError: the peer is gone.
+        """
+        outbox = self._outbox
+        while outbox:
+            piece, fds = outbox[0]
+            try:
+                if fds:
+                    sent = socket.send_fds(self.sock, [piece], list(fds))
+                elif len(outbox) == 1:
+                    sent = self.sock.send(piece)
+                else:
+                    sent = self.sock.sendmsg(self._pieces())
+            except BlockingIOError:
+                return False
+            while outbox and sent >= len(outbox[0][0]):
+                sent -= len(outbox[0][0])
+                for fd in outbox.popleft()[1]:
+                    os.close(fd)
+            if sent:
+                outbox[0] = (memoryview(outbox[0][0])[sent:], outbox[0][1] if not fds else ())
+                if fds:
+                    for fd in fds:
+                        os.close(fd)
+        return True
+
+    def _pieces(self) -> list[Buffer]:
+        pieces: list[Buffer] = []
+        for piece, fds in self._outbox:
+            if fds or len(pieces) == _PIECES:
+                break
+            pieces.append(piece)
+        return pieces
+
+    def send(self, kind: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> None:
+        """Post one frame and flush."""
+        self.post(kind, body, buffers)
+        self.flush()
+
+    def read(self) -> list[Frame]:
+        """Return the frames that one `recv` completed, perhaps none; see `FrameReader.read`."""
+        if not self.takes_fds:
+            return self._reader.read()
+        data, fds, _, _ = socket.recv_fds(self.sock, READ_SIZE, 64)
+        self.fds.extend(fds)
+        if not data:
+            raise EOFError
+        return self._reader.feed(data)
+
+    def close(self) -> None:
+        """Close the socket and the descriptors that nobody took."""
+        for _, fds in self._outbox:
+            self.fds.extend(fds)
+        self._outbox.clear()
+        while self.fds:
+            os.close(self.fds.popleft())
+        self.sock.close()
+
+
+def connect(address: str, secret: bytes, timeout: float) -> Channel:
+    """Connect to a listener of this session, prove ourselves, and return the channel, blocking.
+
+    Args:
+        address: `unix:PATH`.
+        secret: of the session.
+        timeout: seconds for connection and handshake together with the listener's answers.
+
+    Raises:
+        AuthenticationError: the listener is not of this session.
+        OSError: nobody listens there, or it did not answer in time.
+    """
+    scheme, _, path = address.partition(":")
+    if scheme != "unix":
+        raise ValueError(f"{address!r} is no address; it should read unix:PATH")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        handshake = CallerHandshake(secret)
+        while not handshake.done:
+            data = sock.recv(handshake.wants)
+            if not data:
+                raise AuthenticationError(f"the listener at {address} closed the handshake")
+            answer = handshake.feed(data)
+            if answer:
+                sock.sendall(answer)
+        sock.settimeout(None)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            sock.close()
+        raise
+    return Channel(sock)

@@ -1,0 +1,267 @@
+"""What all tests share: nothing may be left behind, and no setting of the machine reaches a test.
+
+After each test the session of this process is ended, and then no process, thread, file descriptor,
+session folder or shared memory may be there that was not there before. What ends by itself has a
+moment to do so; what is still there then is named, and ended where it is a process.
+
+The run marks its environment, and everything that it starts inherits the mark; so a process that
+lost its parent is still found, and other runs on this machine are not mistaken for ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "TESTS_OF_FIBER"
+RUN = f"{os.getpid()}-{time.time_ns()}"
+PATIENCE = 5.0
+
+settings.register_profile("fiber", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("fiber")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[MARK] = RUN
+    # Session folders of this run go where no other run puts any. The name is short, because a Unix
+    # socket's path is at most about 100 bytes. pytest's own folders stay where they are.
+    usual = tempfile.gettempdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="ft-", dir=usual)
+    tempfile.tempdir = None
+    config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
+    config.add_cleanup(lambda: [_kill(pid) for pid in _processes()])
+    # multiprocessing, which some tests compare with, keeps this process and its pipe for good.
+    resource_tracker.ensure_running()
+
+
+# What is there now, each thing with a name for people.
+
+
+def _processes() -> dict[object, str]:
+    """Descendants of this process, and processes that carry this run's mark."""
+    me = psutil.Process()
+    found = {process.pid: process for process in me.children(recursive=True)}
+    for pid in _marked():
+        if pid != me.pid and pid not in found:
+            with contextlib.suppress(psutil.Error):
+                found[pid] = psutil.Process(pid)
+    named: dict[object, str] = {}
+    for process in found.values():
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(process.cmdline()) or process.name()
+            named[process.pid, process.create_time()] = (
+                f"process {process.pid} ({process.status()}): {words[:200]}"
+            )
+    return named
+
+
+def _marked() -> list[int]:
+    wanted = f"{MARK}={RUN}"
+    pids = []
+    for pid in psutil.pids():
+        try:
+            if sys.platform == "linux":  # psutil's way takes three times as long
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    marked = wanted.encode() in file.read().split(b"\0")
+            else:
+                marked = psutil.Process(pid).environ().get(MARK) == RUN
+        except (OSError, psutil.Error):
+            continue
+        if marked:
+            pids.append(pid)
+    return pids
+
+
+def _threads() -> dict[object, str]:
+    return {t.ident: f"thread {t.name} (daemon={t.daemon})" for t in threading.enumerate()}
+
+
+def _descriptors() -> dict[object, str]:
+    folder = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
+    named: dict[object, str] = {}
+    for fd in os.listdir(folder):
+        try:
+            target = os.readlink(f"{folder}/{fd}")
+        except FileNotFoundError:  # the one that listed the folder
+            continue
+        except OSError:
+            target = ""
+        named[fd, target] = f"file descriptor {fd}: {target}"
+    return named
+
+
+def _folders() -> dict[object, str]:
+    return {p.name: f"session folder {p}" for p in Path(tempfile.gettempdir()).glob("fiber-*")}
+
+
+def _shared_memory() -> dict[object, str]:
+    try:
+        names = os.listdir("/dev/shm")
+    except OSError:
+        return {}
+    return {name: f"shared memory /dev/shm/{name}" for name in names if not _of_others(name)}
+
+
+def _of_others(name: str) -> bool:
+    """Whether a name tells of a living process (fiber-<uid>-<pid>-...) that is none of this run."""
+    parts = name.split("-")
+    if len(parts) < 3 or not parts[2].isdecimal():
+        return False
+    pid = int(parts[2])
+    return pid != os.getpid() and psutil.pid_exists(pid) and pid not in _marked()
+
+
+def _everything() -> dict[object, str]:
+    kinds = (_processes, _threads, _descriptors, _folders, _shared_memory)
+    return {(kind, key): name for kind in kinds for key, name in kind().items()}
+
+
+def _kill(key: object) -> None:
+    pid, created = key  # type: ignore[misc]
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.create_time() == created:
+            process.kill()
+
+
+def _shutdown() -> None:
+    session = sys.modules.get("fiber.runtime.session")
+    if session is not None:
+        session.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = _everything()
+    yield
+    _shutdown()
+    deadline = time.monotonic() + PATIENCE
+    left = {k: v for k, v in _everything().items() if k not in before}
+    while left and time.monotonic() < deadline:
+        gc.collect()  # a traceback may hold what would have been closed
+        time.sleep(0.02)
+        left = {k: v for k, v in _everything().items() if k not in before}
+    for kind, key in left:  # type: ignore[misc]
+        if kind is _processes:
+            _kill(key)
+    if left:
+        names = "\n  and ".join(left.values())
+        pytest.fail(f"{PATIENCE:g} s after the test there is still {names}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(nothing_left_behind: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No FIBER_ variable of the machine reaches a test, and no setting of a test the next one."""
+    for name in [name for name in os.environ if name.startswith("FIBER_")]:
+        monkeypatch.delenv(name)
+    yield
+    module = sys.modules.get("fiber.config")
+    if module is not None:
+        module.config.reset()
+
+
+@pytest.fixture
+def start_script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Write a program into tmp_path and start it in a process group of its own.
+
+    `start(source, *args, env={}, python=sys.executable, name="script.py", **popen)`; standard
+    output and error are pipes. What is left of the group at the end of the test is killed.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        source: str,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+        name: str = "script.py",
+        **popen: object,
+    ) -> subprocess.Popen[str]:
+        path = tmp_path / name
+        path.write_text(source, encoding="utf-8")
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        options = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "cwd": tmp_path,
+            "env": {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                **(env or {}),
+            },
+            **popen,
+        }
+        process = subprocess.Popen(
+            [python, str(path), *args], text=True, start_new_session=True, **options
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        _end_group(process)
+
+
+@pytest.fixture
+def run_script(
+    start_script: Callable[..., subprocess.Popen[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program to its end: `run(source, *args, timeout=60, input=None, ...)`, see above.
+
+    Fails, with what the program wrote, when it or anybody who holds its output takes longer.
+    """
+
+    def run(
+        source: str, *args: str, timeout: float = 60, input: str | None = None, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        if input is not None:
+            options["stdin"] = subprocess.PIPE
+        process = start_script(source, *args, **options)
+        try:
+            out, err = process.communicate(input, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            late = "the program" if process.poll() is None else "a process that it left behind"
+        else:
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        out, err = _end_group(process)
+        pytest.fail(
+            f"After {timeout:g} s {late} is still there.\nIts output:\n{out}\nIts errors:\n{err}"
+        )
+
+    return run
+
+
+def _end_group(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Kill the group of `process`, which leads it, and return what it wrote that nobody read."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        if any(stream and not stream.closed for stream in (process.stdout, process.stderr)):
+            out, err = process.communicate(timeout=PATIENCE)
+            return out or "", err or ""
+    except (subprocess.TimeoutExpired, ValueError):
+        pass  # a process of another group holds the pipes, or they were read to their end
+    finally:
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
+        process.wait(PATIENCE)
+    return "", ""

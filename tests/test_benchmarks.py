@@ -1,0 +1,129 @@
+"""The benchmark harness, run as its users run it, in tiny runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TITLES = (
+    "Empty tasks",
+    "A stream of empty tasks",
+    "Round trip",
+    "The sleep test of the Fiber paper",
+    "First result",
+    "Import",
+    "Memory",
+    "Processor time of the master",
+)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+def run(
+    command: list[str], environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+def benchmark(
+    output: Path, *arguments: str, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the harness to its end, which it must reach within a minute and a half."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(output), *arguments]
+    environment = dict(os.environ)
+    if path is not None:
+        paths = (str(path), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = run(command, environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def results(output: Path) -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads(output.with_name("results.json").read_text())["rows"]
+    return rows
+
+
+@linux
+def test_a_quick_run_reports_every_row(tmp_path: Path) -> None:
+    output = tmp_path / "RESULTS.md"
+    done = benchmark(output, "--peers", "multiprocessing", "fiber")
+    report = output.read_text()
+    for title in TITLES:
+        assert f"## {title} (`" in report
+    rows = results(output)
+    assert len(rows) == len(TITLES)
+    for name, row in rows.items():
+        assert not row["failures"], done.stderr
+        for peer in ("multiprocessing", "fiber"):
+            for metric, values in row["values"][peer].items():
+                assert len(values) == 1, (name, peer, metric)
+                # A close may take no time, and an import less than the noise of a start.
+                assert values[0] > 0 or name in ("first", "import"), (name, peer, metric)
+
+
+def test_a_rerun_keeps_other_rows_and_what_was_written_by_hand(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "RESULTS.md"
+    benchmark(output, "apply", "--peers", "multiprocessing")
+    before = results(output)["apply"]
+    text = output.read_text()
+    begin = text.index("<!-- written by hand")
+    head, body = text[:begin], text[begin:]
+    line, _, rest = body.partition("\n")
+    output.write_text(f"{head}{line}\n\nA remark of mine.\n\n{rest[rest.index('<!-- to here') :]}")
+
+    benchmark(output, "import", "--rounds", "2", "--peers", "multiprocessing")
+    report = output.read_text()
+    assert report.count("A remark of mine.") == 1
+    assert "## Round trip (`apply`)" in report
+    assert "## Import (`import`)" in report
+    assert results(output)["apply"] == before
+    assert len(results(output)["import"]["values"]["multiprocessing"]["import"]) == 2
+
+
+def test_a_peer_that_hangs_costs_its_own_figures_only(tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(
+        textwrap.dedent(
+            """
+            import signal
+            from benchmarks.peers import Multiprocessing
+
+            class Stuck(Multiprocessing):
+                def apply(self, func, argument):
+                    while True:
+                        signal.pause()
+            """
+        )
+    )
+    output = tmp_path / "RESULTS.md"
+    peers = ("--peers", "stuck:Stuck", "multiprocessing")
+    benchmark(output, "apply", *peers, "--rounds", "2", "--deadline", "3", path=tmp_path)
+    row = results(output)["apply"]
+    assert row["values"]["stuck:Stuck"]["median"] == [None, None]
+    assert all(value > 0 for value in row["values"]["multiprocessing"]["median"])
+    assert "not done after 3 s" in output.read_text()
+
+
+def test_an_unknown_row_or_peer_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    for arguments in (["no-such-row"], ["apply", "--peers", "no-such-peer"]):
+        output = tmp_path / "RESULTS.md"
+        done = run([sys.executable, "-m", "benchmarks", "--output", str(output), *arguments])
+        assert done.returncode == 2
+        assert "no-such" in done.stderr
+        assert "there are" in done.stderr
+        assert not output.exists()
