@@ -72,7 +72,7 @@ __all__ = [
 
 
 def init(**values: Any) -> None:
-    """Set configuration keys, as `fiber.config.key = value`; raises `ConfigError` if one is wrong."""
+    """Set configuration keys, as `fiber.config.key = value`; `ConfigError` if one is wrong."""
     config.init(**values)
 
 

@@ -37,7 +37,7 @@ class FiberContext:
         self.backend = backend
         self.Process = _process_class(backend)
 
-    def Pool(  # noqa: N802 - multiprocessing's name
+    def Pool(
         self,
         processes: int | None = None,
         initializer: Callable[..., Any] | None = None,

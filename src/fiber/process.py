@@ -16,15 +16,13 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import context as _mp_context
 from multiprocessing import process as _mp_process
-from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fiber.backends import registry
 from fiber.config import config
 from fiber.errors import StartError
 from fiber.resources import Resources, gpu_environment, meta_of
 from fiber.runtime import main, session
-from fiber.runtime.agents import Child
 from fiber.wire.pickling import dumps
 
 __all__ = ["Popen", "Process", "active_children", "current_process", "parent_process"]
@@ -54,6 +52,15 @@ class Process(_mp_process.BaseProcess):
     _backend: str | None = None  # a context's; None for the configured one
     _start_method = None
 
+    if TYPE_CHECKING:  # what BaseProcess has, and its stub does not tell
+        _popen: Popen | None
+        _parent_pid: int
+        _target: Callable[..., Any] | None
+        _args: tuple[Any, ...]
+        _kwargs: dict[str, Any]
+
+        def _check_closed(self) -> None: ...
+
     def __init__(
         self,
         group: None = None,
@@ -65,7 +72,7 @@ class Process(_mp_process.BaseProcess):
         daemon: bool | None = None,
     ) -> None:
         arguments = dict(kwargs or {})
-        super().__init__(group, target, name, tuple(args), arguments, daemon=daemon)  # type: ignore[arg-type]
+        super().__init__(group, target, name, tuple(args), arguments, daemon=daemon)
 
     def start(self) -> None:
         """Start the process and return once it runs.
@@ -79,8 +86,9 @@ class Process(_mp_process.BaseProcess):
             raise AssertionError("cannot start a process twice")
         if self._parent_pid != os.getpid():
             raise AssertionError("can only start a process object created by current process")
-        _mp_process._cleanup()
+        _mp_process._cleanup()  # type: ignore[attr-defined]
         self._popen = Popen(self)
+        self._sentinel = None  # the property below makes one when it is asked for
         # What was handed over is the child's; here it may be freed.
         del self._target, self._args, self._kwargs
         _mp_process._children.add(self)  # type: ignore[attr-defined]

@@ -12,13 +12,12 @@ exceptions in their places by `return_exceptions`, and `stats`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import util as _util
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any
 
 from fiber.backends import registry
-from fiber.config import config
 from fiber.errors import PoolError
 from fiber.pool.master import Master, PoolStats, Settings
 from fiber.pool.protocol import APPLY, MAP, STARMAP
@@ -331,6 +330,9 @@ class Pool:
             raise TypeError(f"{func!r} is not callable")
         assert self._master is not None
         self._master.check_open()
+        if isinstance(func, FunctionType) and not func.__dict__:  # the common case, in a hurry
+            self._used = True
+            return self._master
         wanted = meta_of(func)
         if wanted != self._resources and wanted != Resources():
             if self._used:
@@ -434,7 +436,7 @@ def _check_limits(retries: int | None, timeout: float | None) -> None:
     if retries is not None:
         _check_integer("retries", retries, 0)
     if timeout is not None:
-        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
             raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, not {timeout}")

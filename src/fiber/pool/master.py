@@ -14,12 +14,20 @@ import logging
 import pickle
 import secrets
 import signal
+import types
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from fiber.config import config
-from fiber.errors import PoolBroken, PoolError, PoolTerminated, SerializationError, TaskTimeout, WorkerDied
+from fiber.errors import (
+    PoolBroken,
+    PoolError,
+    PoolTerminated,
+    SerializationError,
+    TaskTimeout,
+    WorkerDied,
+)
 from fiber.pool import protocol
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import Source, source_of
@@ -155,6 +163,7 @@ class Master:
         self._workers: dict[int, _Worker] = {}
         self._calls: dict[int, _Call] = {}
         self._costs: dict[Any, float] = {}  # seconds per item, by function
+        self._packed: tuple[Any, Packed] = (None, Packed(b"", ()))
         self._call_ids = 0
         self._worker_ids = 0
         self._boot_failures = 0
@@ -178,7 +187,7 @@ class Master:
         if self.settings.initializer is not None:
             pair = (self.settings.initializer, self.settings.initargs)
             packed = dumps(pair, main.missing(agent.names))
-            self._initialization, self._initialization_buffers = packed
+            self._initialization, self._initialization_buffers = packed.data, packed.buffers
         with self.loop:
             self._agent = agent
             for _ in range(self.settings.processes):
@@ -285,12 +294,18 @@ class Master:
 
     def pack(self, function: Callable[..., Any]) -> Packed:
         """Pickle a function for the workers; raises SerializationError."""
+        known = main.missing(self._agent.names)
+        if known is None and function is self._packed[0]:
+            return self._packed[1]
         try:
-            return dumps(function, main.missing(self._agent.names))
+            packed = dumps(function, known)
         except SerializationError as error:
             raise SerializationError(
                 f"the function {_name(function)} cannot be sent to the workers: {error}"
             ) from error.__cause__
+        if packed.by_name and isinstance(function, types.FunctionType):
+            self._packed = (function, packed)  # a name stays the same: no need to pickle it again
+        return packed
 
     def submit(
         self,
@@ -369,26 +384,30 @@ class Master:
     def _feed(self, call: _Call) -> None:
         """Take items from a stream's source, as far as workers and reader keep up."""
         source = call.source
-        if source is None or call.id not in self._calls or source.ended:
+        if source is None or call.id not in self._calls:
             return
-        wants = self._scheduler.wants(call.id)
-        if wants > 0:
-            wanted = -(-wants // call.chunk) * call.chunk
-            items = source.take(min(wanted, self._window(call)))
+        wanted = -(-self._scheduler.wants(call.id) // call.chunk) * call.chunk
+        most = min(wanted, self._window(call))
+        if most > 0:
+            items = source.take(most)
             call.fed += len(items)
             call.items += items
             self._scheduler.extend(call.id, len(items))
-            if source.ended:
+            if source.ended():
                 self._scheduler.complete(call.id)
-        self._act()
+            self._act()
 
     def _window(self, call: _Call) -> int:
         """Return how many more items may be read before results are taken."""
         batch = self._scheduler.batch_items(call.id)
-        most = max(config.imap_buffer * self.settings.processes, 4 * batch * max(len(self._workers), 1))
+        most = max(
+            config.imap_buffer * self.settings.processes, 4 * batch * max(len(self._workers), 1)
+        )
         weight = self._scheduler.weight(call.id)
         if weight:
-            most = min(most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * len(self._workers)))
+            most = min(
+                most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * len(self._workers))
+            )
         return max(0, max(most, call.chunk) - (call.fed - call.consumed))
 
     def consumed(self, call: int, items: int) -> None:
@@ -449,26 +468,25 @@ class Master:
             text = f"item {batch.start} of {call.name} cannot be sent to a worker: {error}"
             self._settle_failed(batch, SerializationError(text))
             return
-        data, buffers = packed
+        data, buffers, _ = packed
         self._scheduler.weigh(call.id, (len(data) + sum(map(len, buffers))) / len(items))
-        function = None
+        function = b""
         function_buffers: Sequence[Any] = ()
         if worker.id not in call.known_by:
-            function, function_buffers = call.packed
+            function, function_buffers, _ = call.packed
             if call.how != protocol.APPLY:
                 call.known_by.add(worker.id)
-        body = (
+        head = protocol.BATCH_HEAD.pack(
             batch.id,
             call.id,
-            call.how,
-            batch.careful,
             call.chunk,
             len(items),
-            function,
+            call.how,
+            batch.careful,
             len(function_buffers),
-            data,
+            len(function),
         )
-        worker.link.post(protocol.BATCH, pickle.dumps(body, 5), [*function_buffers, *buffers])
+        worker.link.post(protocol.BATCH, head + function + data, [*function_buffers, *buffers])
         if call.timeout is not None:
             expire = lambda: self._expire(batch, call)  # noqa: E731
             worker.timers = [self.loop.call_at(monotonic() + call.timeout, expire)]
@@ -478,7 +496,8 @@ class Master:
         assert call.timeout is not None
         what = f"item {batch.start} of {call.name}" if call.how != protocol.APPLY else call.name
         error = TaskTimeout(
-            f"{what} took longer than its time-out of {call.timeout:g} seconds; its worker was ended",
+            f"{what} took longer than its time-out of {call.timeout:g} seconds; "
+            "its worker was ended",
             batch.start,
             call.timeout,
         )
@@ -559,9 +578,7 @@ class Master:
         settled = self._scheduler.progress(batch, done, seconds, returned)
         if settled is None:
             return
-        call = self._calls[settled[0]] if settled[0] in self._calls else None
-        if call is None:
-            return
+        call = self._calls[settled[0]]
         errors = {place: protocol.decode_exception(error) for place, error in encoded.items()}
         if values is None:
             values = []
@@ -667,7 +684,7 @@ class Master:
         )
 
     def pids(self) -> list[int]:
-        """Return the process IDs of the workers that have started and not ended. Within the loop."""
+        """Return the process IDs of the workers that run. Within the loop."""
         children = [worker.child for worker in self._workers.values()]
         return [child.pid for child in children if child.pid is not None]
 

@@ -3,15 +3,17 @@
     master ─ INITIALIZE, BATCH, FORGET, STOP ─► worker
     master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE ─ worker
 
-All bodies are pickled tuples of plain values; what belongs to the user travels inside them as bytes
-that were pickled apart, so that what cannot be unpickled costs its own item and nothing else.
+Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
+the user travels inside them as bytes that were pickled apart, so that what cannot be unpickled
+costs its own item and nothing else.
 """
 
 from __future__ import annotations
 
+import struct
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fiber.errors import RemoteError, RemoteTraceback
 from fiber.wire.framing import Buffer
@@ -20,6 +22,7 @@ from fiber.wire.pickling import dumps, loads
 __all__ = [
     "APPLY",
     "BATCH",
+    "BATCH_HEAD",
     "FORGET",
     "INITIALIZE",
     "INITIALIZER_FAILED",
@@ -29,6 +32,7 @@ __all__ = [
     "STOP",
     "UNLOADABLE",
     "UP",
+    "BatchHead",
     "decode_exception",
     "encode_exception",
 ]
@@ -37,8 +41,8 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = r
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
-    BATCH               batch, call, how, careful, chunk, items, function or None, number of its
-                        buffers, packed items; then buffers of function and items
+    BATCH               a `BatchHead`, the packed function if it has one, the packed items; then
+                        the buffers of both
     FORGET              call
     STOP                -
     UP                  -
@@ -50,6 +54,22 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = r
 
 MAP, STARMAP, APPLY = range(3)
 """How a function is called: with the item, with its elements, or with (args, kwargs)."""
+
+BATCH_HEAD = struct.Struct("!QQIIBBHQ")
+
+
+class BatchHead(NamedTuple):
+    """The fixed part of a BATCH: which items, and how the body is cut."""
+
+    batch: int
+    call: int
+    chunk: int
+    items: int
+    how: int
+    careful: bool
+    function_buffers: int
+    function_size: int
+    """Bytes of the packed function, 0 if the worker knows it already."""
 
 
 def encode_exception(error: BaseException, skip: int = 1) -> tuple[bytes, str]:

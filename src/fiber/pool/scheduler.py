@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 __all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
 
@@ -129,7 +128,7 @@ class Retire:
     worker: int
 
 
-Action = Union[Send, Fail, Finish, Retire]
+Action = Send | Fail | Finish | Retire
 
 
 class Scheduler:
@@ -430,6 +429,9 @@ class Scheduler:
 
     def _cut(self, call: Call) -> tuple[int, int]:
         """Cut the next batch off the waiting items of `call`."""
+        if call.waiting == 1:
+            call.waiting = 0
+            return call.ranges.popleft()
         size = self._target(call)
         if call.single:
             size = 1

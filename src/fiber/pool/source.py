@@ -11,6 +11,7 @@ the iterable makes up its mind; it stops when enough is read ahead.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -21,18 +22,21 @@ from fiber.runtime.loop import Event, Loop
 __all__ = ["Reader", "SequenceSource", "Source", "source_of"]
 
 
-class Source:
+class Source(ABC):
     """Hands out items in order. Within the loop."""
 
-    ended = False
-    """Whether no more will come."""
     error: BaseException | None = None
     """What the iterable raised at its end."""
 
+    @abstractmethod
     def take(self, most: int) -> list[Any]:
-        """Return the next items, as many as are there, at most `most`."""
-        raise NotImplementedError
+        """Return the next items, as many as are there, at most `most` (1 or more)."""
 
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether no more will come."""
+
+    @abstractmethod
     def stop(self) -> None:
         """Nobody wants more."""
 
@@ -42,11 +46,18 @@ class SequenceSource(Source):
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = iter(items)
+        self._ended = False
 
     def take(self, most: int) -> list[Any]:
         taken = list(islice(self._items, most))
-        self.ended = len(taken) < most
+        self._ended = len(taken) < most
         return taken
+
+    def ended(self) -> bool:
+        return self._ended
+
+    def stop(self) -> None:
+        self._items = iter(())
 
 
 class Reader(Source):
@@ -78,17 +89,15 @@ class Reader(Source):
     def take(self, most: int) -> list[Any]:
         self._wanted = True  # before looking: an item that comes now is either seen or announced
         buffer = self._buffer
-        if len(buffer) <= most:
-            ended = self._read_all  # before the last look at the buffer
-            taken = [buffer.popleft() for _ in range(len(buffer))]
-            self.ended = ended and not buffer
-        else:
-            taken = [buffer.popleft() for _ in range(most)]
+        taken = [buffer.popleft() for _ in range(min(most, len(buffer)))]
         if taken:
             self._wanted = False
         if not self._room.is_set and len(buffer) <= self._ahead // 2:
             self._room.set()
         return taken
+
+    def ended(self) -> bool:
+        return self._read_all and not self._buffer
 
     def stop(self) -> None:
         self._stopped = True

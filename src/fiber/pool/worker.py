@@ -25,6 +25,7 @@ from typing import Any
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
+    BATCH_HEAD,
     FORGET,
     INITIALIZE,
     INITIALIZER_FAILED,
@@ -33,10 +34,12 @@ from fiber.pool.protocol import (
     STOP,
     UNLOADABLE,
     UP,
+    BatchHead,
     encode_exception,
 )
 from fiber.runtime import session
 from fiber.runtime.endpoint import HELLO
+from fiber.runtime.poller import Patience
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Buffer, Frame
 from fiber.wire.pickling import dumps, is_plain, loads
@@ -50,7 +53,7 @@ _CONNECT_TIMEOUT = 30.0
 
 
 def run(address: str, token: str) -> None:
-    """Work for the pool whose master listens at `address` and expects `token`, until it says STOP."""
+    """Work for the pool whose master is at `address` and expects `token`, until it says STOP."""
     channel = connect(address, session.secret(), _CONNECT_TIMEOUT)
     channel.send(HELLO, pickle.dumps({"token": token}))
     try:
@@ -64,11 +67,11 @@ def run(address: str, token: str) -> None:
 class _Job:
     """A batch while it is run."""
 
-    def __init__(self, id: int, items: deque[Any], careful: bool, chunk: int) -> None:
+    def __init__(self, id: int, items: deque[Any], chunk: int) -> None:
         self.id = id
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
         self.size = len(items)
-        self.careful = careful
+        self.careful = False
         self.chunk = chunk
         self.values: list[Any] = []
         self.errors: dict[int, tuple[bytes, str]] = {}
@@ -83,8 +86,13 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._inbox: deque[Frame] = deque()
+        self._arrived = select.poll()
+        self._arrived.register(channel.fileno(), select.POLLIN)
+        self._patience = Patience()
         self._functions: dict[int, Callable[..., Any]] = {}
-        self._unloaded: dict[int, tuple[bytes, Sequence[Buffer]]] = {}  # functions, given back unused
+        self._unloaded: dict[
+            int, tuple[bytes, Sequence[Buffer]]
+        ] = {}  # functions, given back unused
         self._job: _Job | None = None
         self._batches = 0  # how many were begun
         self._lock = threading.Lock()  # sending, the inbox, and the end of a job
@@ -109,7 +117,12 @@ class Worker:
 
     def _next(self) -> Frame:
         while not self._inbox:
+            patience = self._patience
+            patience.begin()
+            while patience.looks and not self._arrived.poll(0) and patience.lasts():
+                pass
             self._inbox.extend(self._channel.read())
+            patience.end()
         return self._inbox.popleft()
 
     def _send(self, kind: int, body: object, buffers: list[Buffer] | tuple[()] = ()) -> None:
@@ -129,36 +142,42 @@ class Worker:
     # Running -----------------------------------------------------------------------------------
 
     def _run(self, frame: Frame) -> None:
-        batch, call, how, careful, chunk, count, function_data, function_buffers, data = (
-            pickle.loads(frame.body)
-        )
+        head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
         try:
-            if function_data is None and call in self._unloaded:
-                function = self._functions[call] = loads(*self._unloaded.pop(call))
-            elif function_data is not None:
-                function = loads(function_data, frame.buffers[:function_buffers])
-                if how != APPLY:
-                    self._functions[call] = function
-            else:
-                function = self._functions[call]
-            items = deque(loads(data, frame.buffers[function_buffers:]))
+            function = self._function(head, frame)
+            data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
+            items = deque(loads(data, frame.buffers[head.function_buffers :]))
         except BaseException as error:
             with self._lock:
-                self._send(UNLOADABLE, (batch, *encode_exception(error)))
+                self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
             return
-        job = _Job(batch, items, careful, chunk)
+        job = _Job(head.batch, items, head.chunk)
         source = _drain(items)
-        if how == STARMAP:
+        if head.how == STARMAP:
             results: Iterator[Any] = starmap(function, source)
-        elif how == APPLY:
+        elif head.how == APPLY:
             results = (function(*args, **kwargs) for args, kwargs in source)
         else:
             results = map(function, source)
         self._begin(job)
-        if careful:
+        if head.careful:
+            job.careful = True
             self._run_carefully(job, results)
         else:
             self._run_all(job, results)
+
+    def _function(self, head: BatchHead, frame: Frame) -> Callable[..., Any]:
+        """Return the function of a batch, which may come with it or have come before."""
+        if head.function_size:
+            packed = _packed_function(head, frame)
+        elif head.call in self._unloaded:
+            packed = self._unloaded.pop(head.call)
+        else:
+            return self._functions[head.call]
+        function: Callable[..., Any] = loads(*packed)
+        if head.how != APPLY:
+            self._functions[head.call] = function
+        return function
 
     def _begin(self, job: _Job) -> None:
         self._job = job
@@ -205,12 +224,13 @@ class Worker:
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
-        values = job.values[job.sent : done]
-        errors = {
-            place - job.sent: error
-            for place, error in list(job.errors.items())
-            if job.sent <= place < done
-        }
+        first, values = job.sent, job.values
+        if first or done < len(values):
+            values = values[first:done]
+        errors = {}
+        if job.errors:
+            places = [place for place in list(job.errors) if first <= place < done]
+            errors = {place - first: job.errors[place] for place in places}
         job.sent = done
         buffers: list[Buffer] = []
         if is_plain(values):
@@ -263,15 +283,15 @@ class Worker:
                 returned += 1
                 job.returned += 1
             self._report(job, len(job.values), returned, 0.0)
-            while select.select([self._channel.sock], [], [], 0)[0]:
+            while self._arrived.poll(0):
                 self._inbox.extend(self._channel.read())
             for _ in range(len(self._inbox)):
                 frame = self._inbox.popleft()
                 if frame.kind == BATCH:
-                    batch, call, *_, count, function, buffers, _ = pickle.loads(frame.body)
-                    if function is not None:
-                        self._unloaded[call] = (function, frame.buffers[:buffers])
-                    self._send(RESULTS, (batch, count, 0.0, [], None, None, {}))
+                    head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
+                    if head.function_size and head.how != APPLY:
+                        self._unloaded[head.call] = _packed_function(head, frame)
+                    self._send(RESULTS, (head.batch, head.items, 0.0, [], None, None, {}))
                 else:
                     self._inbox.append(frame)
 
@@ -281,6 +301,11 @@ class Worker:
             return True
         begun = job.size - job.returned - len(job.items)
         return len(job.items) > -begun % job.chunk
+
+
+def _packed_function(head: BatchHead, frame: Frame) -> tuple[bytes, Sequence[Buffer]]:
+    stop = BATCH_HEAD.size + head.function_size
+    return bytes(frame.body[BATCH_HEAD.size : stop]), frame.buffers[: head.function_buffers]
 
 
 def _drain(items: deque[Any]) -> Iterator[Any]:

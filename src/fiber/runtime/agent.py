@@ -1,11 +1,11 @@
 """The agent: the program of a job, a warm template that forks processes on request.
 
-    client ─ SPAWN ─► fork ─► child.run            SIGCHLD ─► waitpid ─► EXITED ─► client
-                        └─► STARTED ─► client      the child's stderr ─► the user's stderr, and a tail
+    client ─ SPAWN ─► fork ─► child.run        SIGCHLD ─► waitpid ─► EXITED ─► client
+                        └─► STARTED ─► client  stderr of the child ─► that of the user, and a tail
 
-It has imported Fiber and the user's main module once and stays single-threaded, so that a fork costs
-milliseconds and shares memory. When the main module leaves threads behind, or the system does not
-fork safely (macOS), it starts fresh interpreters instead.
+It has imported Fiber and the user's main module once and stays single-threaded, so that a fork
+costs milliseconds and shares memory. When the main module leaves threads behind, or the system does
+not fork safely (macOS), it starts fresh interpreters instead.
 
 Its clients are the process that submitted the job and each process that it started itself, which
 may want children of its own. When a client is gone, what it had started is killed; when the first
@@ -30,7 +30,8 @@ from fiber.runtime import main as main_module
 from fiber.runtime import session as session_module
 from fiber.runtime.agents import EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
 from fiber.runtime.endpoint import HELLO
-from fiber.runtime.loop import READ, Event, Link, Loop
+from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.poller import READ
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Frame
 
@@ -97,6 +98,7 @@ class Agent:
             error = traceback.format_exc()
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare()
+        session_module.sweep()
         gc.collect()
         gc.freeze()
         with self.loop:

@@ -43,7 +43,9 @@ def prepare() -> None:
         _prctl = ctypes.CDLL(None).prctl
 
 
-def run(facts: dict[str, Any], request: dict[str, Any], upstream: socket.socket, fds: list[int]) -> int:
+def run(
+    facts: dict[str, Any], request: dict[str, Any], upstream: socket.socket, fds: list[int]
+) -> int:
     """Run the requested process here; return its exit code.
 
     Args:

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fiber.errors import AuthenticationError
-from fiber.runtime.loop import READ, Link, Loop
+from fiber.runtime.loop import Link, Loop
+from fiber.runtime.poller import READ
 from fiber.wire.auth import ListenerHandshake
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame

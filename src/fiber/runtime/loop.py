@@ -4,13 +4,13 @@
                                ▲
             the leader: a thread that waits for an event, or else the background thread
 
-Whoever waits for an event leads: it polls the sockets and runs the handlers itself, so that a round
-trip costs two context switches and not four. When several threads wait, one leads and the others
+Whoever waits for an event leads: it polls the sockets and runs the handlers, so that a round trip
+costs two context switches and not four. When several threads wait, one leads and the others
 sleep until their event is set or the leadership falls to them. When nobody waits, a background
 thread leads.
 
 One lock guards everything that handlers touch; it is free only while the leader polls. Code from
-outside comes in by `with loop:`, which takes the lock, puts off signal handlers (a KeyboardInterrupt
+outside comes in by `with loop:`, which takes the lock, puts off signal handlers (KeyboardInterrupt
 must not tear a message in two) and sends what was posted when it leaves. Finalizers, which may run
 anywhere, use `call_soon`.
 """
@@ -22,7 +22,6 @@ import heapq
 import itertools
 import logging
 import os
-import selectors
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
+from fiber.runtime.poller import READ, WRITE, Poller
 from fiber.runtime.signals import Deferral
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame, FrameError
@@ -38,8 +38,6 @@ __all__ = ["Event", "Link", "Loop", "Timer"]
 
 logger = logging.getLogger("fiber")
 
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
 _DOZE = 0.005  # seconds after which the background thread takes over from threads that left
 
 
@@ -106,11 +104,11 @@ class Loop:
     def __init__(self, *, background: bool = True) -> None:
         self._lock = threading.Lock()
         self._has_background = background
-        self._selector = selectors.DefaultSelector()
+        self._poller = Poller()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._selector.register(self._wake_read, READ, self._woken)
+        self._poller.register(self._wake_read, READ, self._woken)
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
@@ -215,13 +213,13 @@ class Loop:
                 self._bell.release()
         if self._background is not None and self._background is not threading.current_thread():
             self._background.join(timeout=5)
-        self._selector.close()
+        self._poller.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
     def abandon(self) -> None:
         """After a fork, in the child: close the descriptors, and nothing else."""
-        self._selector.close()
+        self._poller.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
@@ -229,20 +227,20 @@ class Loop:
 
     def register(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
         """Have `handler(events)` called when `fd` is ready."""
-        self._selector.register(fd, events, handler)
+        self._poller.register(fd, events, handler)
         if self._background is None and self._has_background:
             self._background = threading.Thread(
                 target=self._run_background, name="fiber-io", daemon=True
             )
             self._background.start()
 
-    def modify(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
+    def modify(self, fd: int, events: int) -> None:
         """Change what `fd` is watched for."""
-        self._selector.modify(fd, events, handler)
+        self._poller.modify(fd, events)
 
     def unregister(self, fd: int) -> None:
         """Watch `fd` no more."""
-        self._selector.unregister(fd)
+        self._poller.unregister(fd)
 
     def call_at(self, when: float, call: Callable[[], object]) -> Timer:
         """Have `call` run at `when` (of `time.monotonic`)."""
@@ -319,13 +317,13 @@ class Loop:
         self._polling = True
         self._lock.release()
         try:
-            ready = self._selector.select(timeout)
+            ready = self._poller.wait(timeout)
         finally:
             self._lock.acquire()
             self._polling = False
         try:
-            for key, events in ready:
-                key.data(events)
+            for handler, events in ready:
+                handler(events)
             while self._calls:
                 self._calls.popleft()()
             if self._timers:
@@ -438,7 +436,7 @@ class Link:
         if sent == self._waits_to_send:
             self._waits_to_send = not sent
             events = READ if sent else READ | WRITE
-            self._loop.modify(self.channel.fileno(), events, self._ready)
+            self._loop.modify(self.channel.fileno(), events)
 
     def _ready(self, events: int) -> None:
         if events & WRITE:

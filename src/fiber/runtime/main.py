@@ -1,6 +1,6 @@
 """How the user's `__main__` comes to be in another process.
 
-    describe (at home) ─► load (there, once, as `__mp_main__`) ─► names that it has ─► missing (at home)
+    describe (at home) ─► load (there, as `__mp_main__`) ─► its names ─► missing (at home)
 
 As multiprocessing's spawn does, the main module is executed again under the name `__mp_main__`, so
 that `if __name__ == "__main__":` keeps the program from running twice. A program without that guard
@@ -30,7 +30,7 @@ class _Unguarded(BaseException):
 
 
 def describe() -> dict[str, str]:
-    """Return what `load` needs: a module's name, a file's path, or nothing for an interactive one."""
+    """Return what `load` needs: a module's name, a file's path, or nothing if there is none."""
     module = sys.modules["__main__"]
     name = getattr(getattr(module, "__spec__", None), "name", None)
     if name is not None:

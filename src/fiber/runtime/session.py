@@ -181,6 +181,27 @@ def remove_folder(folder: str) -> None:
         os.rmdir(folder)
 
 
+def sweep() -> None:
+    """Remove folders that sessions of this user left behind when master and agent were killed."""
+    for base in {tempfile.gettempdir(), "/tmp"}:
+        for name in os.listdir(base):
+            pid = name.removeprefix(_PREFIX).partition("-")[0]
+            folder = os.path.join(base, name)
+            if name.startswith(_PREFIX) and pid.isdigit() and not _runs(int(pid)):
+                with contextlib.suppress(OSError):
+                    remove_folder(folder)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 # The session of this process -------------------------------------------------------------------
 
 _current: Session | None = None
@@ -223,7 +244,7 @@ def inherit(**facts: Any) -> None:
 
 
 def shutdown() -> None:
-    """End this process's session, or its part in it, and all that it started; it may begin anew."""
+    """End this process's part in the session, and all that it started; it may begin anew."""
     global _current
     with _making:
         session, _current = _current, None
@@ -232,7 +253,7 @@ def shutdown() -> None:
 
 
 def _forget_after_fork() -> None:
-    """In a child of `os.fork`: the session is the parent's, this process may make one of its own."""
+    """In a child of `os.fork`: the session is the parent's; this process may make its own."""
     global _current, _making
     _making = threading.Lock()
     if _current is not None:

@@ -2,21 +2,21 @@
 
 Python runs signal handlers in the main thread between any two instructions, and that for SIGINT
 raises KeyboardInterrupt. While the main thread does the session's I/O, such an exception could lose
-a message. So handlers are put off: the signal is noted, whoever waits is woken, and the handler runs
-when the main thread leaves.
+a message. So handlers are put off: the signal is noted, whoever waits is woken, and the handler
+runs when the main thread leaves.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 # The module below `signal`: without its conversions to enums, a call takes 0.4 µs and not 5.
 from _signal import getsignal as _getsignal  # type: ignore[import-not-found]
 from _signal import signal as _setsignal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 __all__ = ["Deferral"]
 

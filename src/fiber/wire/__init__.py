@@ -1,7 +1,7 @@
 """The wire: how two processes of a session speak to each other.
 
-    pickling   objects ─► bytes and raw buffers
-    framing    bytes and buffers ─► frames on a stream socket, and back
-    auth       the handshake that a stream opens with; nothing is unpickled before it
-    channel    a socket whose handshake is done: posts and reads frames
+pickling   objects ─► bytes and raw buffers
+framing    bytes and buffers ─► frames on a stream socket, and back
+auth       the handshake that a stream opens with; nothing is unpickled before it
+channel    a socket whose handshake is done: posts and reads frames
 """

@@ -51,7 +51,7 @@ def _check_hello(hello: bytes) -> None:
     if (major, minor) != PYTHON:
         ours = f"{PYTHON[0]}.{PYTHON[1]}"
         raise AuthenticationError(
-            f"it runs Python {major}.{minor}, not {ours}: pickled functions do not pass between them"
+            f"it runs Python {major}.{minor}, not {ours}: code does not pass between the two"
         )
 
 

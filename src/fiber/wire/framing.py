@@ -12,11 +12,11 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 __all__ = ["MAX_BUFFERS", "MAX_SIZE", "Buffer", "Frame", "FrameError", "FrameReader", "encode"]
 
-Buffer = Union[bytes, bytearray, memoryview]
+Buffer = bytes | bytearray | memoryview
 
 HEADER = struct.Struct("!BxHxxxxQ")
 MAX_BUFFERS = 0xFFFF

@@ -35,6 +35,8 @@ class Packed(NamedTuple):
 
     data: bytes
     buffers: Sequence[Buffer]
+    by_name: bool = True
+    """Whether functions and classes went by their names."""
 
 
 def is_plain(values: Iterable[object]) -> bool:
@@ -64,11 +66,11 @@ def dumps(obj: object, known: Container[str] | None = None) -> Packed:
         data = _dumps_by_value(obj, known, buffers.append)
     except Exception as error:
         raise SerializationError(reason(error)) from error
-    return Packed(data, [b.raw() for b in buffers] if buffers else ())
+    return Packed(data, [b.raw() for b in buffers] if buffers else (), by_name=False)
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """Return the object that `dumps` made into `data` and `buffers`; raises what unpickling raises."""
+    """Return the object that `dumps` packed; raises what its unpickling raises."""
     return pickle.loads(data, buffers=buffers)
 
 
