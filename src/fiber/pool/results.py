@@ -145,6 +145,8 @@ class MapResult(AsyncResult):
 class IMapUnorderedIterator:
     """The results of `imap_unordered`, as they come."""
 
+    _finished = True  # until it is made, there is nothing to give up
+
     def __init__(self, master: Master, return_exceptions: bool = False) -> None:
         self._master = master
         self._return_exceptions = return_exceptions
@@ -152,10 +154,10 @@ class IMapUnorderedIterator:
         self._current: Iterator[Any] = iter(())  # results that `next` hands out without the loop
         self._failing: BaseException | None = None  # what follows them
         self._segments: deque[tuple[list[Any], BaseException | None]] = deque()
-        self._finished = False
         self._end: BaseException | None = None
         self._event = Event()
         self._reader = threading.Lock()
+        self._finished = False
 
     def keep(self, owner: object) -> None:
         """Keep the pool alive while there are results to come."""

@@ -9,10 +9,13 @@ agents; they share the folder and the secret.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import stat
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing import util as _util
 from typing import Any
 
@@ -31,6 +34,7 @@ from fiber.wire.channel import Channel
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
 SECRET_FILE = "secret"
+_YOUNG = 5.0  # seconds: a folder that may still be in the making
 _PREFIX = f"fiber-{os.getuid()}-"
 _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
 
@@ -38,11 +42,12 @@ _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final 
 class Session:
     """This process's part of a session."""
 
-    def __init__(self, folder: str, secret: bytes, *, owner: bool) -> None:
+    def __init__(self, folder: str, secret: bytes, lock: int | None = None) -> None:
         self.folder = folder
         self.secret = secret
         self.loop = Loop()
-        self._owner = owner
+        self._lock = lock  # held by the master: its end, however it comes, lets go of it
+        self._owner = lock is not None
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
 
@@ -152,8 +157,9 @@ class Session:
         self.loop.close()
         for agent in self._agents.values():
             agent.collect()
-        if self._owner:
+        if self._lock is not None:
             remove_folder(self.folder)
+            os.close(self._lock)
 
 
 def environment(cpu: int) -> dict[str, str]:
@@ -161,15 +167,16 @@ def environment(cpu: int) -> dict[str, str]:
     return {**os.environ, **thread_environment(cpu, os.environ)}
 
 
-def _make_folder(secret: bytes) -> str:
+def _make_folder(secret: bytes) -> tuple[str, int]:
+    """Make the session's folder; return it and a descriptor, locked while the master lives."""
     base = tempfile.gettempdir()
     if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
         base = "/tmp"
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
     fd = os.open(os.path.join(folder, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(secret)
-    return folder
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    os.write(fd, secret)
+    return folder, fd
 
 
 def remove_folder(folder: str) -> None:
@@ -185,20 +192,31 @@ def sweep() -> None:
     """Remove folders that sessions of this user left behind when master and agent were killed."""
     for base in {tempfile.gettempdir(), "/tmp"}:
         for name in os.listdir(base):
-            pid = name.removeprefix(_PREFIX).partition("-")[0]
-            folder = os.path.join(base, name)
-            if name.startswith(_PREFIX) and pid.isdigit() and not _runs(int(pid)):
+            if name.startswith(_PREFIX):
+                folder = os.path.join(base, name)
                 with contextlib.suppress(OSError):
-                    remove_folder(folder)
+                    if _is_abandoned(folder):
+                        remove_folder(folder)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def _is_abandoned(folder: str) -> bool:
+    """Whether no master holds the lock of the session in `folder`."""
+    about = os.lstat(folder)
+    # In a folder that all may write to, somebody else could have put a link of that name.
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         return False
-    except PermissionError:
-        pass
+    if time.time() - about.st_mtime < _YOUNG:
+        return False
+    try:
+        fd = os.open(os.path.join(folder, SECRET_FILE), os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
     return True
 
 
@@ -217,14 +235,15 @@ def current() -> Session:
     with _making:
         if _current is None:
             if _inherited:
-                _current = Session(_inherited["folder"], _inherited["secret"], owner=False)
+                _current = Session(_inherited["folder"], _inherited["secret"])
                 with _current.loop:
                     channel = Channel(_inherited["socket"])
                     agent = Agent.inherited(_current.loop, channel, _inherited["names"])
                 _current._agents[_inherited["key"]] = agent
             else:
                 key = new_secret()
-                _current = Session(_make_folder(key), key, owner=True)
+                folder, lock = _make_folder(key)
+                _current = Session(folder, key, lock)
             # Last of all at exit: multiprocessing's exit function ends and joins children before.
             _util.Finalize(None, shutdown, exitpriority=-100)
         return _current

@@ -26,36 +26,55 @@ _SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGALRM))
 class Deferral:
     """Puts off the Python handlers of SIGINT, SIGTERM and SIGALRM in the main thread.
 
+    While it is entered, and only then, a wrapper stands in the place of each handler. Outside it
+    would just call the handler: so a handler that raises in the middle of `enter` or `leave`, before
+    or after the one store that decides, leaves nothing in disorder.
+
     Args:
         notify: called, in the main thread and at any instruction, when a signal was put off.
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
         self.pending: dict[int, FrameType | None] = {}
+        self._active = False
         self._notify = notify
         self._handlers: dict[int, Any] = {}
+        self._wrapper = self._on_signal  # one object, to know it again
         self._main = threading.main_thread().ident
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.pending[signum] = frame
-        self._notify()
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._active:
+            self.pending[signum] = frame
+            self._notify()
+        else:
+            self._handlers[signum](signum, frame)
 
     def enter(self) -> None:
         """Begin to put off, if this is the main thread."""
         if threading.get_ident() == self._main:
             for signum in _SIGNALS:
                 handler = _getsignal(signum)
-                if callable(handler):
+                if callable(handler) and handler is not self._wrapper:
                     self._handlers[signum] = handler
-                    _setsignal(signum, self._note)
+                    _setsignal(signum, self._wrapper)
+            self._active = True
 
     def leave(self) -> None:
         """End it, and run the handlers that were put off; what they raise is raised here."""
-        if self._handlers and threading.get_ident() == self._main:
-            handlers, self._handlers = self._handlers, {}
-            for signum, handler in handlers.items():
-                _setsignal(signum, handler)
-            if self.pending:
-                pending, self.pending = self.pending, {}
-                for signum, frame in pending.items():
-                    handlers[signum](signum, frame)
+        if threading.get_ident() == self._main:
+            self._active = False
+            try:
+                for signum in _SIGNALS:
+                    if _getsignal(signum) is self._wrapper:
+                        _setsignal(signum, self._handlers[signum])
+            finally:
+                if self.pending:
+                    self._run_pending()
+
+    def _run_pending(self) -> None:
+        while self.pending:
+            signum, frame = self.pending.popitem()
+            try:
+                self._handlers[signum](signum, frame)
+            finally:
+                self._run_pending()
