@@ -9,7 +9,6 @@ how one hears of its end, is Fiber's.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import signal
@@ -111,8 +110,8 @@ class Popen:
     method = "fiber"
 
     def __init__(self, process: Process) -> None:
-        self.returncode: int | None = None
         self._sentinel: tuple[int, int] | None = None
+        self.returncode: int | None = None
         self._session = session.current()
         resources = process._resources()
         cpu = resources.cpu or config.cpu_per_job
@@ -189,14 +188,17 @@ class Popen:
 
     def close(self) -> None:
         """Free what is held for the process."""
+        with self._session.loop:  # which may be about to close the writing end itself
+            self._free()
+
+    def _free(self) -> None:
         if self._sentinel is not None:
             self._close_writing()
             os.close(self._sentinel[0])
             self._sentinel = None
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            self.close()
+        self._free()  # nobody else has it any more, the loop included
 
 
 def gpus_of(resources: Resources) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -33,6 +34,9 @@ class LocalBackend:
         return [self._start(spec) for spec in specs]
 
     def _start(self, spec: JobSpec) -> Job:
+        # A Ctrl-C while the interpreter starts would make it print a traceback of its own; the
+        # agent unblocks it when it has said what it does with it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 list(spec.command), env=dict(spec.environment), stdin=subprocess.DEVNULL
@@ -41,6 +45,8 @@ class LocalBackend:
             raise StartError(
                 f"{spec.name} cannot be started with {spec.command[0]}: {error.strerror}"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return LocalJob(process)
 
     def status(self, job: Job) -> JobStatus:

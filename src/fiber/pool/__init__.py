@@ -22,6 +22,7 @@ from fiber.errors import PoolError
 from fiber.pool.master import Master, PoolStats, Settings
 from fiber.pool.protocol import APPLY, MAP, STARMAP
 from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
+from fiber.pool.source import SEQUENCES
 from fiber.resources import Resources, cpu_count, meta_of
 from fiber.runtime.loop import Loop
 
@@ -318,10 +319,11 @@ class Pool:
         _check_limits(retries, timeout)
         chunk = _check_chunksize(chunksize)
         packed = master.pack(func)
+        items = iter(iterable) if not isinstance(iterable, SEQUENCES) else iterable
         results.keep(self)
         with self._loop:
             master.stream(
-                func, packed, MAP, results, iterable, chunk=chunk, retries=retries, timeout=timeout
+                func, packed, MAP, results, items, chunk=chunk, retries=retries, timeout=timeout
             )
 
     def _ready(self, func: Function) -> Master:

@@ -10,7 +10,6 @@ runs within the session's loop, by whichever thread leads it.
 
 from __future__ import annotations
 
-import logging
 import pickle
 import secrets
 import signal
@@ -35,13 +34,13 @@ from fiber.process import gpus_of, pickle_process
 from fiber.resources import Resources
 from fiber.runtime import main, session
 from fiber.runtime.agents import Child
+from fiber.runtime.logs import logger
 from fiber.runtime.loop import Event, Link, Timer
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads
 
 __all__ = ["Master", "PoolStats", "Settings"]
 
-logger = logging.getLogger("fiber")
 
 _BOOT_FAILURES = 3  # workers in a row that died before they were ready: the pool is broken
 _TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
@@ -109,7 +108,8 @@ class _Call:
         self.items: list[Any] = []
         self.first = 0  # index of the first item in `items`
         self.source: Source | None = None
-        self.fed = 0
+        self.fed = 0  # items that were read of a stream
+        self.told = 0  # those of them that the scheduler knows: whole chunks
         self.consumed = 0
         self.settled: dict[int, int] = {}  # ranges that are settled above `first`, for a stream
         self.known_by: set[int] = set()
@@ -222,7 +222,7 @@ class Master:
 
     def _too_late(self, worker: _Worker) -> None:
         if worker.link is None:
-            logger.warning("fiber: %s did not connect in time and is ended", worker.child.name)
+            logger.warning("%s did not connect in time and is ended", worker.child.name)
             worker.child.signal(signal.SIGKILL)
 
     def _arrived(self, worker: _Worker, link: Link) -> None:
@@ -235,6 +235,7 @@ class Master:
 
     def _on_lost(self, worker: _Worker) -> None:
         """It hung up; its end will be told, unless only its channel is gone."""
+        self._scheduler.worker_lost(worker.id)
         kill = lambda: worker.child.signal(signal.SIGKILL)  # noqa: E731
         worker.timers.append(self.loop.call_later(_CLOSE_GRACE, kill))
 
@@ -248,12 +249,15 @@ class Master:
             timer.cancel()
         was_up, worker.up = worker.up, False
         if was_up:
-            self._scheduler.worker_down(worker.id)
+            # What it was sent last it had not read: so the item was not what ended it.
+            unread = worker.link is not None and worker.link.unread
+            innocent = unread and len(self._scheduler.batches_of(worker.id)) == 1
+            self._scheduler.worker_down(worker.id, charged=not innocent)
         for call in self._calls.values():
             call.known_by.discard(worker.id)
         if not worker.stopping:
             self._died += 1
-            logger.info("fiber: %s", self._describe_end(worker))
+            logger.info("%s", self._describe_end(worker))
             self._boot_failures = 0 if was_up else self._boot_failures + 1
         self._act()
         del self._workers[worker.id]
@@ -392,8 +396,12 @@ class Master:
             items = source.take(most)
             call.fed += len(items)
             call.items += items
-            self._scheduler.extend(call.id, len(items))
-            if source.ended():
+            ended = source.ended()
+            new = call.fed - call.told
+            new -= 0 if ended else new % call.chunk
+            call.told += new
+            self._scheduler.extend(call.id, new)
+            if ended:
                 self._scheduler.complete(call.id)
             self._act()
 
@@ -559,6 +567,7 @@ class Master:
         if frame.kind == protocol.RESULTS:
             self._on_results(worker, frame)
         elif frame.kind == protocol.UP:
+            logger.debug("%s is up", worker.child.name)
             worker.up = True
             self._boot_failures = 0
             self._scheduler.worker_up(worker.id, self.settings.maxtasksperchild)

@@ -94,6 +94,8 @@ class _Worker:
     id: int
     left: int | None
     """Items that it may still take, None without limit."""
+    lost: bool = False
+    """Its end is to be expected: it gets nothing more."""
     batches: list[Batch] = field(default_factory=list)
 
 
@@ -265,13 +267,20 @@ class Scheduler:
         self._offer(worker)
         self._assign()
 
+    def worker_lost(self, worker: int) -> None:
+        """A worker can no longer be reached; that it is down will be told."""
+        found = self._workers.get(worker)
+        if found is not None:
+            found.lost = True
+            self._offer(found)
+
     def worker_down(self, worker: int, *, charged: bool = True) -> None:
         """A worker is gone, after all that it reported was told.
 
         Args:
             worker: which.
-            charged: whether the item that it was running counts an attempt; not if the worker was
-                taken away for reasons of its own.
+            charged: whether the item that it was running counts an attempt; not if it had not
+                begun, or the worker was taken away for reasons of its own.
         """
         gone = self._workers.pop(worker)
         self._idle.pop(worker, None)
@@ -387,6 +396,8 @@ class Scheduler:
         """Note whether `worker` may be given more."""
         self._idle.pop(worker.id, None)
         self._busy.pop(worker.id, None)
+        if worker.lost:
+            return
         if worker.left == 0:
             if not worker.batches:
                 self._actions.append(Retire(worker.id))
@@ -406,7 +417,7 @@ class Scheduler:
                 return
             while call.suspects and self._idle:
                 start, stop = call.suspects.popleft()
-                middle = min(stop, start + _CAREFUL_ITEMS)
+                middle = min(stop, start + (1 if call.single else _CAREFUL_ITEMS))
                 if middle < stop:
                     call.suspects.appendleft((middle, stop))
                 self._send(call, self._idle.popitem()[0], start, middle, careful=True)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
 from fiber.runtime.loop import Event, Loop
 
-__all__ = ["Reader", "SequenceSource", "Source", "source_of"]
+__all__ = ["SEQUENCES", "Reader", "SequenceSource", "Source", "source_of"]
 
 
 class Source(ABC):
@@ -139,15 +139,14 @@ class Reader(Source):
         self._loop.wait(self._room)
 
 
-_SEQUENCES = (list, tuple, range, str, bytes, dict, set, frozenset)
+SEQUENCES = (list, tuple, range, str, bytes, dict, set, frozenset)
+"""What can be read at once, without running code of the user's."""
 
 
 def source_of(
     loop: Loop, iterable: Iterable[Any], hungry: Callable[[], object], ahead: int
 ) -> Source:
-    """Return a source for `iterable`; raises TypeError if it is none."""
-    if isinstance(iterable, _SEQUENCES):
+    """Return a source for `iterable`, one of `SEQUENCES` or an iterator."""
+    if isinstance(iterable, SEQUENCES):
         return SequenceSource(iterable)
-    if isinstance(iterable, Sequence):  # its items may take their time, but it does not change
-        return Reader(loop, iterable, hungry, ahead)
-    return Reader(loop, iter(iterable), hungry, ahead)
+    return Reader(loop, iterable, hungry, ahead)

@@ -282,7 +282,10 @@ class Worker:
                     break
                 returned += 1
                 job.returned += 1
-            self._report(job, len(job.values), returned, 0.0)
+            done = len(job.values)
+            if done > job.sent:
+                job.began = time.perf_counter()  # what is left will be measured from here
+            self._report(job, done, returned, 0.0)
             while self._arrived.poll(0):
                 self._inbox.extend(self._channel.read())
             for _ in range(len(self._inbox)):

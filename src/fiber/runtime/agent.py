@@ -47,12 +47,16 @@ def main() -> NoReturn:
     address = os.environ.pop("FIBER_INTERNAL_ADDRESS")
     token = os.environ.pop("FIBER_INTERNAL_TOKEN")
     folder = os.environ.pop("FIBER_INTERNAL_SESSION")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the user's processes
+    # A Ctrl-C is for the user's processes. It was blocked while this interpreter started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         with open(os.path.join(folder, session_module.SECRET_FILE), "rb") as file:
             secret = file.read()
         channel = connect(address, secret, _CONNECT_TIMEOUT)
     except OSError as error:
+        if not os.path.isdir(folder):
+            os._exit(0)  # the session ended before we could take part in it
         print(f"fiber: the agent cannot reach its master at {address}: {error}", file=sys.stderr)
         os._exit(1)
     channel.send(HELLO, pickle.dumps({"token": token, "pid": os.getpid()}))
@@ -96,6 +100,7 @@ class Agent:
             self.names = main_module.load(preparation["main"])
         except BaseException:
             error = traceback.format_exc()
+        child_process.flush()  # or each child would print it again
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare()
         session_module.sweep()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiber.backends.base import Backend, Job, JobSpec, JobState
 from fiber.errors import StartError
+from fiber.runtime.logs import logger
 from fiber.runtime.loop import Event, Link, Loop, Timer
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -66,11 +67,13 @@ class Child:
     def _end(self, exitcode: int | None, stderr: str = "", error: str | None = None) -> None:
         if self.ended.is_set:
             return
+        logger.debug("process %s has ended: exit code %s %s", self.name, exitcode, error or "")
         self.exitcode, self.stderr, self.error = exitcode, stderr, error
         self.started.set()
         self.ended.set()
-        if self.on_ended is not None:
-            self.on_ended()
+        on_ended, self.on_ended = self.on_ended, None
+        if on_ended is not None:
+            on_ended()
 
 
 class Agent:
@@ -185,6 +188,7 @@ class Agent:
             if error is not None:
                 self._fail(f"could not load the program's main module:\n{error}")
             else:
+                logger.debug("%s is ready, with %d names of __main__", self.name, len(self.names))
                 self.ready.set()
                 early, self._early = self._early, []
                 for post in early:
@@ -196,6 +200,7 @@ class Agent:
             return
         if frame.kind == STARTED:
             (child.pid,) = facts
+            logger.debug("process %s has started: process ID %d", child.name, child.pid)
             child.started.set()
         elif frame.kind == FAILED:
             del self._children[key]
@@ -214,6 +219,7 @@ class Agent:
         if self.error is not None:
             return
         self.error = f"{self.name} {error}"
+        logger.debug("%s", self.error)
         if self._link is not None:
             self._link.close()
         self.ready.set()

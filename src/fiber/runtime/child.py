@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fiber.config import config
+from fiber.runtime import logs, session
 from fiber.runtime import main as main_module
-from fiber.runtime import session
 
 __all__ = ["flush", "prepare", "run", "run_fresh", "start_fresh"]
 
@@ -73,6 +73,7 @@ def run(
     with contextlib.suppress(OSError):  # as mp: a folder that is gone is no reason to fail
         os.chdir(request["cwd"])
     config.adopt(request["config"])
+    logs.configure(child=True)
     session.inherit(
         folder=facts["folder"],
         secret=facts["secret"],

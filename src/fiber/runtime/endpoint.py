@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fiber.errors import AuthenticationError
+from fiber.runtime.logs import logger
 from fiber.runtime.loop import Link, Loop
 from fiber.runtime.poller import READ
 from fiber.wire.auth import ListenerHandshake
@@ -25,13 +26,13 @@ from fiber.wire.framing import Frame
 
 __all__ = ["HELLO", "Endpoint"]
 
-logger = logging.getLogger("fiber")
 
 HELLO = 1
 """Kind of the first frame of a caller: a pickled dictionary with its `token`."""
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 MAX_HANDSHAKES = 256
+_MAX_REASONS = 12
 
 _CLOSED = "it closed the connection before it said who it is"  # as a worker does that is killed
 
@@ -99,10 +100,12 @@ class Endpoint:
 
     def _refuse(self, reason: str) -> None:
         """Say once for each reason that somebody was refused; more of the same is for debugging."""
-        known = reason in self._told or reason == _CLOSED
+        # A stranger can make up versions by the thousand: at some point it is enough.
+        known = reason in self._told or reason == _CLOSED or len(self._told) >= _MAX_REASONS
         level = logging.DEBUG if known else logging.WARNING
-        self._told.add(reason)
-        logger.log(level, "fiber: refused a connection to %s: %s", self.address, reason)
+        if not known:
+            self._told.add(reason)
+        logger.log(level, "refused a connection to %s: %s", self.address, reason)
 
 
 class _Caller:

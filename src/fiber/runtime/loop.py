@@ -20,15 +20,16 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Any
 
+from fiber.runtime.logs import logger
 from fiber.runtime.poller import READ, WRITE, Poller
 from fiber.runtime.signals import Deferral
 from fiber.wire.channel import Channel
@@ -36,7 +37,6 @@ from fiber.wire.framing import Frame, FrameError
 
 __all__ = ["Event", "Link", "Loop", "Timer"]
 
-logger = logging.getLogger("fiber")
 
 _DOZE = 0.005  # seconds after which the background thread takes over from threads that left
 
@@ -211,17 +211,25 @@ class Loop:
             if self._parked:
                 self._parked = False
                 self._bell.release()
-        if self._background is not None and self._background is not threading.current_thread():
+        if self._background is not None:
             self._background.join(timeout=5)
-        self._poller.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._wait_for_leader()
+        self.abandon()
+
+    def _wait_for_leader(self) -> None:
+        """After closing: give a thread that leads the time to notice."""
+        deadline = monotonic() + 5
+        while self._leader is not None and monotonic() < deadline:
+            self._kick()
+            time.sleep(0.001)
 
     def abandon(self) -> None:
-        """After a fork, in the child: close the descriptors, and nothing else."""
+        """Close the descriptors, and nothing else: after a fork, in the child."""
         self._poller.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        wake_read, wake_write = self._wake_read, self._wake_write
+        self._wake_read = self._wake_write = -1  # a late kick shall not hit another's descriptor
+        os.close(wake_read)
+        os.close(wake_write)
 
     # Within the loop ---------------------------------------------------------------------------
 
@@ -293,6 +301,8 @@ class Loop:
         event._sleepers.append(sleeper)
         if self._is_main():
             self._main_sleeper = sleeper
+            if self._deferral.pending:
+                sleeper.wake()
         if self._background_leads:
             self._kick()
         self._flush()
@@ -408,6 +418,8 @@ class Link:
     ) -> None:
         self.channel = channel
         self.lost = False
+        self.unread = False
+        """Whether the peer went without having read all that was sent, as far as that is known."""
         self._loop = loop
         self.on_frame = on_frame
         self.on_lost = on_lost
@@ -451,10 +463,11 @@ class Link:
         except BlockingIOError:
             return False
         except FrameError as error:
-            logger.error("fiber: a channel is closed, for its peer sent a damaged frame: %s", error)
+            logger.error("a channel is closed, for its peer sent a damaged frame: %s", error)
             self._lose()
             return False
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            self.unread = isinstance(error, ConnectionResetError)
             self._lose()
             return False
         for frame in frames:

@@ -24,10 +24,12 @@ from fiber.backends.base import JobSpec
 from fiber.config import config
 from fiber.errors import StartError
 from fiber.resources import Resources, thread_environment
-from fiber.runtime import main
+from fiber.runtime import logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
 from fiber.runtime.endpoint import Endpoint
+from fiber.runtime.logs import logger
 from fiber.runtime.loop import Loop
+from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
 from fiber.wire.channel import Channel
 
@@ -231,22 +233,39 @@ _abandoned: list[Session] = []  # of our parent: not to be finalized here
 def current() -> Session:
     """Return the session of this process, made at its first use."""
     global _current
+    if _current is not None:
+        return _current
     main.check_loaded()
     with _making:
         if _current is None:
-            if _inherited:
-                _current = Session(_inherited["folder"], _inherited["secret"])
-                with _current.loop:
-                    channel = Channel(_inherited["socket"])
-                    agent = Agent.inherited(_current.loop, channel, _inherited["names"])
-                _current._agents[_inherited["key"]] = agent
-            else:
-                key = new_secret()
-                folder, lock = _make_folder(key)
-                _current = Session(folder, key, lock)
             # Last of all at exit: multiprocessing's exit function ends and joins children before.
             _util.Finalize(None, shutdown, exitpriority=-100)
+            deferral = Deferral(lambda: None)
+            deferral.enter()  # a Ctrl-C in the middle would leave a folder that nobody removes
+            try:
+                _current = _take_part() if _inherited else _begin()
+            finally:
+                deferral.leave()
         return _current
+
+
+def _begin() -> Session:
+    """Begin a session, as its master."""
+    key = new_secret()
+    folder, lock = _make_folder(key)
+    logs.configure()
+    logger.debug("session in %s", folder)
+    return Session(folder, key, lock)
+
+
+def _take_part() -> Session:
+    """Take part in the session that this process was started in."""
+    session = Session(_inherited["folder"], _inherited["secret"])
+    with session.loop:
+        channel = Channel(_inherited["socket"])
+        agent = Agent.inherited(session.loop, channel, _inherited["names"])
+    session._agents[_inherited["key"]] = agent
+    return session
 
 
 def secret() -> bytes:

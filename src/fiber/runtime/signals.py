@@ -26,9 +26,9 @@ _SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGALRM))
 class Deferral:
     """Puts off the Python handlers of SIGINT, SIGTERM and SIGALRM in the main thread.
 
-    While it is entered, and only then, a wrapper stands in the place of each handler. Outside it
-    would just call the handler: so a handler that raises in the middle of `enter` or `leave`, before
-    or after the one store that decides, leaves nothing in disorder.
+    While it is entered a wrapper stands in the place of each handler. Outside, it would just call
+    the handler: so a handler that raises in the middle of `enter` or `leave`, before or after the
+    one store that decides, leaves nothing in disorder.
 
     Args:
         notify: called, in the main thread and at any instruction, when a signal was put off.
