@@ -11,7 +11,10 @@ exceptions in their places by `return_exceptions`, and `stats`.
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import util as _util
 from types import FunctionType, TracebackType
@@ -19,7 +22,9 @@ from typing import Any
 
 from fiber.backends import registry
 from fiber.errors import PoolError
-from fiber.pool.master import Master, PoolStats, Settings
+from fiber.pool.calls import Options
+from fiber.pool.crew import Settings
+from fiber.pool.master import Master, PoolStats
 from fiber.pool.protocol import APPLY, MAP, STARMAP
 from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
 from fiber.pool.source import SEQUENCES
@@ -94,6 +99,7 @@ class Pool:
     def _begin(self) -> None:
         self._master = master = Master(self._settings, self._resources)
         self._loop: Loop = master.loop
+        _masters.add(master)
         # At exit before multiprocessing joins processes; it holds the master and not the pool, so
         # that a pool which is dropped can be collected.
         self._finalizer = _util.Finalize(None, _terminate, args=(master,), exitpriority=15)
@@ -110,13 +116,13 @@ class Pool:
         timeout: float | None = None,
     ) -> Any:
         """Return `func(*args, **kwds)`, run by a worker."""
+        options = _options(None, retries, timeout)
         master = self._ready(func)
         result = AsyncResult(self._loop, self)
         packed = master.pack(func)
         items = [(tuple(args), dict(kwds) if kwds else {})]
-        _check_limits(retries, timeout)
         with self._loop as loop:
-            master.submit(func, packed, APPLY, result, items, retries=retries, timeout=timeout)
+            master.submit(func, packed, APPLY, result, items, options)
             # Waiting at once, without leaving the loop in between, saves a good part of a trip.
             loop.wait_within(result._event)
         return result.get()
@@ -144,9 +150,8 @@ class Pool:
         Raises:
             the exception of the first item that failed, when all have been run.
         """
-        result = self._map(
-            MAP, func, iterable, chunksize, None, None, retries, timeout, return_exceptions
-        )
+        options = _options(chunksize, retries, timeout)
+        result = self._map(MAP, func, iterable, options, return_exceptions)
         return result.get()  # type: ignore[no-any-return]
 
     def starmap(
@@ -160,9 +165,8 @@ class Pool:
         return_exceptions: bool = False,
     ) -> list[Any]:
         """As `map`, calling `func(*item)`."""
-        result = self._map(
-            STARMAP, func, iterable, chunksize, None, None, retries, timeout, return_exceptions
-        )
+        options = _options(chunksize, retries, timeout)
+        result = self._map(STARMAP, func, iterable, options, return_exceptions)
         return result.get()  # type: ignore[no-any-return]
 
     # Calls that do not -------------------------------------------------------------------------
@@ -186,13 +190,13 @@ class Pool:
             error_callback: called with the exception if there is one.
             retries, timeout: instead of the pool's.
         """
+        options = _options(None, retries, timeout)
         master = self._ready(func)
         result = AsyncResult(self._loop, self, callback, error_callback)
         packed = master.pack(func)
         items = [(tuple(args), dict(kwds) if kwds else {})]
-        _check_limits(retries, timeout)
         with self._loop:
-            master.submit(func, packed, APPLY, result, items, retries=retries, timeout=timeout)
+            master.submit(func, packed, APPLY, result, items, options)
         return result
 
     def map_async(
@@ -208,10 +212,8 @@ class Pool:
         return_exceptions: bool = False,
     ) -> MapResult:
         """As `map`, but return an `AsyncResult` at once; callbacks as for `apply_async`."""
-        return self._map(
-            MAP, func, iterable, chunksize, callback, error_callback,
-            retries, timeout, return_exceptions,
-        )  # fmt: skip
+        options = _options(chunksize, retries, timeout)
+        return self._map(MAP, func, iterable, options, return_exceptions, callback, error_callback)
 
     def starmap_async(
         self,
@@ -226,10 +228,10 @@ class Pool:
         return_exceptions: bool = False,
     ) -> MapResult:
         """As `starmap`, but return an `AsyncResult` at once; callbacks as for `apply_async`."""
+        options = _options(chunksize, retries, timeout)
         return self._map(
-            STARMAP, func, iterable, chunksize, callback, error_callback,
-            retries, timeout, return_exceptions,
-        )  # fmt: skip
+            STARMAP, func, iterable, options, return_exceptions, callback, error_callback
+        )
 
     def imap(
         self,
@@ -259,9 +261,9 @@ class Pool:
             WorkerDied: the item's worker died `retries + 1` times; the message says how.
             TimeoutError: `next(timeout)` seconds went by.
         """
-        master = self._ready(func)
-        results = IMapIterator(master, return_exceptions)
-        self._stream(master, func, results, iterable, chunksize, retries, timeout)
+        options = _options(chunksize, retries, timeout)
+        results = IMapIterator(self._ready(func), return_exceptions)
+        self._stream(func, results, iterable, options)
         return results
 
     def imap_unordered(
@@ -275,9 +277,9 @@ class Pool:
         return_exceptions: bool = False,
     ) -> IMapUnorderedIterator:
         """As `imap`, but iterate over the results as they come."""
-        master = self._ready(func)
-        results = IMapUnorderedIterator(master, return_exceptions)
-        self._stream(master, func, results, iterable, chunksize, retries, timeout)
+        options = _options(chunksize, retries, timeout)
+        results = IMapUnorderedIterator(self._ready(func), return_exceptions)
+        self._stream(func, results, iterable, options)
         return results
 
     def _map(
@@ -285,46 +287,34 @@ class Pool:
         how: int,
         func: Function,
         iterable: Iterable[Any],
-        chunksize: int | None,
-        callback: Callback | None,
-        error_callback: Callback | None,
-        retries: int | None,
-        timeout: float | None,
+        options: Options,
         return_exceptions: bool,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
     ) -> MapResult:
         master = self._ready(func)
-        _check_limits(retries, timeout)
-        chunk = _check_chunksize(chunksize)
         items = list(iterable)
         packed = master.pack(func)
         result = MapResult(
             self._loop, self, len(items), callback, error_callback, return_exceptions
         )
         with self._loop:
-            master.submit(
-                func, packed, how, result, items, chunk=chunk, retries=retries, timeout=timeout
-            )
+            master.submit(func, packed, how, result, items, options)
         return result
 
     def _stream(
         self,
-        master: Master,
         func: Function,
         results: IMapUnorderedIterator,
         iterable: Iterable[Any],
-        chunksize: int | None,
-        retries: int | None,
-        timeout: float | None,
+        options: Options,
     ) -> None:
-        _check_limits(retries, timeout)
-        chunk = _check_chunksize(chunksize)
-        packed = master.pack(func)
+        assert self._master is not None
+        packed = self._master.pack(func)
         items = iter(iterable) if not isinstance(iterable, SEQUENCES) else iterable
         results.keep(self)
         with self._loop:
-            master.stream(
-                func, packed, MAP, results, items, chunk=chunk, retries=retries, timeout=timeout
-            )
+            self._master.stream(func, packed, MAP, results, items, options)
 
     def _ready(self, func: Function) -> Master:
         """Return the master, with workers as the function's `@fiber.meta` asks for."""
@@ -412,12 +402,38 @@ class Pool:
             return self._master.pids()
 
 
-def _terminate(master: Master) -> None:
+_masters: weakref.WeakSet[Master] = weakref.WeakSet()
+
+
+def _terminate(master: Master, error: BaseException | None = None) -> None:
     if master.loop.closed:
         return
     with master.loop:
-        master.terminate()
+        master.terminate(error)
     master.loop.wait(master.gone, _JOIN_PATIENCE)
+
+
+def _terminate_if_interrupted() -> None:
+    """At exit by Ctrl-C: end what other threads wait for.
+
+    Python waits for threads before it ends; a thread in `map` would keep the program at its prompt
+    for as long as the map takes. SystemExit ends the thread without a word.
+    """
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+        for master in list(_masters):
+            _terminate(master, SystemExit("interrupted"))
+
+
+# As concurrent.futures does: these functions run before threads are waited for, atexit's after.
+threading._register_atexit(_terminate_if_interrupted)  # type: ignore[attr-defined]
+
+
+def _options(chunksize: int | None, retries: int | None, timeout: float | None) -> Options:
+    """Check what a method was given."""
+    if chunksize is not None:
+        _check_integer("chunksize", chunksize, 1)
+    _check_limits(retries, timeout)
+    return Options(chunksize or 1, retries, timeout)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
@@ -425,13 +441,6 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def _check_chunksize(chunksize: int | None) -> int:
-    if chunksize is None:
-        return 1
-    _check_integer("chunksize", chunksize, 1)
-    return chunksize
 
 
 def _check_limits(retries: int | None, timeout: float | None) -> None:

@@ -47,6 +47,7 @@ def main() -> NoReturn:
     address = os.environ.pop("FIBER_INTERNAL_ADDRESS")
     token = os.environ.pop("FIBER_INTERNAL_TOKEN")
     folder = os.environ.pop("FIBER_INTERNAL_SESSION")
+    parent = os.getppid()
     # A Ctrl-C is for the user's processes. It was blocked while this interpreter started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -55,8 +56,9 @@ def main() -> NoReturn:
             secret = file.read()
         channel = connect(address, secret, _CONNECT_TIMEOUT)
     except OSError as error:
-        if not os.path.isdir(folder):
-            os._exit(0)  # the session ended before we could take part in it
+        if not os.path.isdir(folder) or os.getppid() != parent:
+            session_module.remove_folder(folder)  # the session ended before we could take part
+            os._exit(0)
         print(f"fiber: the agent cannot reach its master at {address}: {error}", file=sys.stderr)
         os._exit(1)
     channel.send(HELLO, pickle.dumps({"token": token, "pid": os.getpid()}))

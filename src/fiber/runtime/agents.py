@@ -211,6 +211,14 @@ class Agent:
 
     def _on_lost(self) -> None:
         self._fail("ended unexpectedly")
+        self._reap()
+
+    def _reap(self) -> None:
+        """Collect the job as soon as it has ended, so that nobody sees a zombie."""
+        if self.job is None or self.backend is None:
+            return
+        if self.backend.status(self.job).state is not JobState.ENDED:
+            self._loop.call_later(_LOOK_AGAIN, self._reap)
 
     def _fail(self, error: str) -> None:
         """It is gone, and with it all that it started."""

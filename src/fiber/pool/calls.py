@@ -1,0 +1,103 @@
+"""A call: a function, its items, and where their results go.
+
+    Call.items ─► take(start, stop) ─► a batch          results ─► sink (see `pool.results`)
+
+The items of a `map` are all there. Those of a stream (`imap`) come from a source, and are let go of
+when the results before them are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from fiber.pool.protocol import APPLY
+from fiber.pool.source import Source
+from fiber.wire.pickling import Packed
+
+__all__ = ["Call", "Options", "Sink", "name_of"]
+
+
+class Options(NamedTuple):
+    """How a call is run; None for what the pool says.
+
+    Attributes:
+        chunk: items that stay together.
+        retries: how often an item runs again after its worker died.
+        timeout: seconds that an item may take.
+    """
+
+    chunk: int = 1
+    retries: int | None = None
+    timeout: float | None = None
+
+
+class Sink(Protocol):
+    """Where the results of a call go."""
+
+    def deliver(self, start: int, values: list[Any], errors: Mapping[int, BaseException]) -> None:
+        """Take results of items from `start` on; `errors` by their place in `values`."""
+
+    def finish(self) -> None:
+        """All items are delivered."""
+
+    def abort(self, error: BaseException) -> None:
+        """Nothing more will come; `error` says why."""
+
+
+class Call:
+    """A call that is not finished."""
+
+    def __init__(
+        self,
+        id: int,
+        function: Callable[..., Any],
+        packed: Packed,
+        how: int,
+        sink: Sink,
+        timeout: float | None,
+        chunk: int,
+    ) -> None:
+        self.id = id
+        self.function = function
+        self.packed = packed
+        self.how = how
+        self.sink = sink
+        self.timeout = timeout
+        self.chunk = chunk
+        self.items: list[Any] = []
+        self.known_by: set[int] = set()
+        """Workers that have the function."""
+        self.source: Source | None = None
+        self.fed = 0
+        """Items that were read of a stream."""
+        self.told = 0
+        """Those of them that the scheduler knows: whole chunks."""
+        self.consumed = 0
+        """Results of a stream that were taken."""
+        self._first = 0  # index of the first of `items`
+        self._settled: dict[int, int] = {}  # settled ranges above it
+
+    def describe(self, item: int) -> str:
+        """Name an item, for messages."""
+        name = name_of(self.function)
+        return name if self.how == APPLY else f"item {item} of {name}"
+
+    def take(self, start: int, stop: int) -> list[Any]:
+        """Return items."""
+        return self.items[start - self._first : stop - self._first]
+
+    def settle(self, start: int, stop: int) -> None:
+        """Let go of items whose results are there, if the call is a stream."""
+        if self.source is not None:
+            self._settled[start] = stop
+            end = self._first
+            while end in self._settled:
+                end = self._settled.pop(end)
+            del self.items[: end - self._first]
+            self._first = end
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what people call a function."""
+    return getattr(function, "__qualname__", None) or repr(function)

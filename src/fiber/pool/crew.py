@@ -1,0 +1,302 @@
+"""The crew: the workers of a pool, from their start to their end.
+
+    recruit ─► process starts ─► connects ─► initializer ─► up ─► frames ─► down
+                                                             └────────┬───────┘
+                                                                      ▼
+                                                                    Foreman (`pool.master`)
+
+A worker is down when its process has ended and all that it still sent has been read. The crew
+starts another in its place as long as the foreman has work, and gives up when workers keep ending
+before they are up. All of it runs within the session's loop.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from fiber.config import config
+from fiber.errors import PoolBroken
+from fiber.pool import protocol
+from fiber.pool.workerprocess import WorkerProcess
+from fiber.process import gpus_of, pickle_process
+from fiber.resources import Resources
+from fiber.runtime import main, session
+from fiber.runtime.agents import Child
+from fiber.runtime.logs import logger
+from fiber.runtime.loop import Event, Link, Timer
+from fiber.wire.framing import Frame
+from fiber.wire.pickling import Packed, dumps, loads
+
+__all__ = ["Crew", "Foreman", "Settings", "Worker"]
+
+_BOOT_FAILURES = 3  # workers in a row that ended before they were up: the pool is broken
+_TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
+_CLOSE_GRACE = 5.0  # seconds that a worker has to end after it closed its channel
+_TAIL_LINES = 20
+
+
+class Settings(NamedTuple):
+    """What a pool was asked for."""
+
+    backend: str
+    processes: int
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    maxtasksperchild: int | None
+    retries: int | None
+    timeout: float | None
+
+
+class Worker:
+    """A worker.
+
+    Attributes:
+        id: its number.
+        child: its process.
+        link: to it, once it has connected.
+        up: whether it takes batches.
+        stopping: whether it was asked to end.
+    """
+
+    def __init__(self, id: int, child: Child) -> None:
+        self.id = id
+        self.child = child
+        self.link: Link | None = None
+        self.up = False
+        self.stopping = False
+        self._timers: list[Timer] = []
+
+    def post(self, kind: int, body: bytes, buffers: Any = ()) -> None:
+        """Send it a frame, if it has connected."""
+        if self.link is not None:
+            self.link.post(kind, body, buffers)
+
+    def stop(self) -> None:
+        """Ask it to end when it has done what it has."""
+        self.stopping = True
+        self.post(protocol.STOP, b"")
+
+    def kill(self) -> None:
+        """End it now."""
+        self.child.signal(signal.SIGKILL)
+
+    def set_timer(self, timer: Timer) -> None:
+        """Have `timer` cancelled by the next `cancel_timers`, or when the worker ends."""
+        self._timers.append(timer)
+
+    def cancel_timers(self) -> None:
+        """Cancel what was to happen to it."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    def describe_end(self) -> str:
+        """Say how it ended."""
+        child = self.child
+        if child.error is not None:
+            return f"{child.name}: {child.error}"
+        return f"{child.name} (process {child.pid}) {_describe_exit(child.exitcode)}"
+
+    def last_words(self) -> str:
+        """Return what it last wrote to its standard error, as an addition to a message."""
+        lines = self.child.stderr.rstrip().splitlines()[-_TAIL_LINES:]
+        if not lines:
+            return ""
+        return "\nThe last lines that it wrote:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+class Foreman(Protocol):
+    """Who has work for a crew."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether workers are needed."""
+
+    def worker_up(self, worker: Worker) -> None:
+        """A worker is ready."""
+
+    def worker_sent(self, worker: Worker, frame: Frame) -> None:
+        """A worker that is up sent a frame."""
+
+    def worker_lost(self, worker: Worker) -> None:
+        """A worker hung up; it will be down soon."""
+
+    def worker_down(self, worker: Worker) -> None:
+        """A worker that was up has ended, and all that it sent was told."""
+
+    def crew_failed(self, error: BaseException) -> None:
+        """There can be no workers; `error` says why."""
+
+
+class Crew:
+    """Keeps as many workers as the settings ask for.
+
+    Args:
+        settings: of the pool.
+        resources: of each worker.
+        foreman: who has work for them.
+
+    Attributes:
+        workers: those whose processes have not ended, by number.
+        died: how many ended without being asked to.
+        gone: set when it was dismissed and the last worker has ended.
+
+    Raises:
+        StartError: no process can be started; the message says why.
+        SerializationError: the initializer cannot be sent to the workers.
+    """
+
+    def __init__(self, settings: Settings, resources: Resources, foreman: Foreman) -> None:
+        self.settings = settings
+        self.workers: dict[int, Worker] = {}
+        self.died = 0
+        self.gone = Event()
+        self._session = session.current()
+        self._resources = resources
+        self._foreman = foreman
+        self._numbers = 0
+        self._boot_failures = 0
+        self._dismissed = False
+        self._cpu = resources.cpu or config.cpu_per_job
+        self._agent = self._session.agent(settings.backend, self._cpu)
+        self._initialization = Packed(b"", ())
+        if settings.initializer is not None:
+            pair = (settings.initializer, settings.initargs)
+            self._initialization = dumps(pair, self.known_names)
+
+    @property
+    def known_names(self) -> Any:
+        """What `wire.pickling.dumps` has to know of the workers' main module."""
+        return main.missing(self._agent.names)
+
+    def recruit(self) -> None:
+        """Start workers until there are enough."""
+        while self._needs_more():
+            self._start()
+
+    def _needs_more(self) -> bool:
+        if self._dismissed and not self._foreman.has_work:
+            return False
+        active = sum(not worker.stopping for worker in self.workers.values())
+        return active < self.settings.processes
+
+    def _start(self) -> None:
+        self._numbers += 1
+        number, token = self._numbers, secrets.token_hex(16)
+        endpoint = self._session.endpoint
+        self._agent = self._session.agent_soon(self.settings.backend, self._cpu)
+        process = WorkerProcess(number, endpoint.address, token)
+        child = self._session.spawn(
+            self._agent,
+            process.name,
+            pickle_process(process, self, self._agent.names),
+            cpu=self._cpu,
+            extra_environment=gpus_of(self._resources),
+            capture_stderr=True,
+            ignore_interrupt=True,
+        )
+        worker = self.workers[number] = Worker(number, child)
+        endpoint.expect(token, lambda link, hello: self._arrived(worker, link))
+
+        def ended() -> None:
+            endpoint.forget(token)
+            self._ended(worker)
+
+        if child.ended.is_set:
+            ended()
+            return
+        child.on_ended = ended
+        late = self._session.loop.call_later(config.start_timeout, lambda: self._too_late(worker))
+        worker.set_timer(late)
+
+    def _too_late(self, worker: Worker) -> None:
+        if worker.link is None:
+            logger.warning("%s did not connect in time and is ended", worker.child.name)
+            worker.kill()
+
+    def _arrived(self, worker: Worker, link: Link) -> None:
+        worker.link = link
+        link.on_frame = lambda frame: self._on_frame(worker, frame)
+        link.on_lost = lambda: self._on_lost(worker)
+        worker.post(protocol.INITIALIZE, *self._initialization[:2])
+        if worker.stopping:
+            worker.stop()
+
+    def _on_frame(self, worker: Worker, frame: Frame) -> None:
+        if frame.kind == protocol.UP:
+            logger.debug("%s is up", worker.child.name)
+            worker.cancel_timers()
+            worker.up = True
+            self._boot_failures = 0
+            self._foreman.worker_up(worker)
+        elif frame.kind == protocol.INITIALIZER_FAILED:
+            worker.stopping = True
+            self._foreman.crew_failed(protocol.decode_exception(loads(frame.body)))
+        else:
+            self._foreman.worker_sent(worker, frame)
+
+    def _on_lost(self, worker: Worker) -> None:
+        """It hung up; its end will be told, unless only its channel is gone."""
+        self._foreman.worker_lost(worker)
+        worker.set_timer(self._session.loop.call_later(_CLOSE_GRACE, worker.kill))
+
+    def _ended(self, worker: Worker) -> None:
+        """Its process is gone: read what it still sent, then it is down."""
+        if worker.link is not None:
+            worker.link.drain()
+            worker.link.close()
+        worker.cancel_timers()
+        if not worker.stopping:
+            self.died += 1
+            logger.info("%s", worker.describe_end())
+            self._boot_failures = 0 if worker.up else self._boot_failures + 1
+        if worker.up:
+            worker.up = False
+            self._foreman.worker_down(worker)
+        del self.workers[worker.id]
+        if self._boot_failures >= _BOOT_FAILURES:
+            self._boot_failures = 0
+            self._foreman.crew_failed(
+                PoolBroken(
+                    f"{_BOOT_FAILURES} workers in a row ended before they were ready; the last: "
+                    f"{worker.describe_end()}{worker.last_words()}"
+                )
+            )
+        self.recruit()
+        self._tell_if_gone()
+
+    def dismiss(self) -> None:
+        """Let the workers end when there is no more work; call it again when that changes."""
+        self._dismissed = True
+        if not self._foreman.has_work:
+            for worker in self.workers.values():
+                if not worker.stopping:
+                    worker.stop()
+        self._tell_if_gone()
+
+    def terminate(self) -> None:
+        """End all workers now."""
+        self._dismissed = True
+        for worker in self.workers.values():
+            worker.stopping = True
+            worker.child.signal(signal.SIGTERM)
+            worker.set_timer(self._session.loop.call_later(_TERMINATE_GRACE, worker.kill))
+        self._tell_if_gone()
+
+    def _tell_if_gone(self) -> None:
+        if self._dismissed and not self.workers:
+            self.gone.set()
+
+
+def _describe_exit(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "ended, nobody knows how"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    try:
+        return f"was ended by {signal.Signals(-exitcode).name}"
+    except ValueError:
+        return f"was ended by signal {-exitcode}"
