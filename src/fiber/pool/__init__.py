@@ -102,7 +102,7 @@ class Pool:
         _masters.add(master)
         # At exit before multiprocessing joins processes; it holds the master and not the pool, so
         # that a pool which is dropped can be collected.
-        self._finalizer = _util.Finalize(None, _terminate, args=(master,), exitpriority=15)
+        self._finalizer = _util.Finalize(None, _terminate_at_exit, args=(master,), exitpriority=15)
 
     # Calls that wait ---------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Pool:
                     f"{getattr(func, '__qualname__', func)} asks for {wanted}, but this pool's "
                     f"workers were made for {self._resources}; make another pool for it"
                 )
-            self._finalizer()
+            self.terminate()
             self._resources = wanted
             self._begin()
         self._used = True
@@ -348,7 +348,9 @@ class Pool:
 
     def terminate(self) -> None:
         """End the workers now; what is still awaited raises `PoolTerminated`."""
-        self._finalizer()
+        assert self._master is not None
+        self._finalizer.cancel()
+        _terminate(self._master)
 
     def join(self) -> None:
         """Wait for the workers to end; call `close` or `terminate` before."""
@@ -413,15 +415,20 @@ def _terminate(master: Master, error: BaseException | None = None) -> None:
     master.loop.wait(master.gone, _JOIN_PATIENCE)
 
 
+def _terminate_at_exit(master: Master) -> None:
+    """End what still waits, which only daemonic threads do now, without a word."""
+    _terminate(master, SystemExit("the program ended"))
+
+
 def _terminate_if_interrupted() -> None:
     """At exit by Ctrl-C: end what other threads wait for.
 
     Python waits for threads before it ends; a thread in `map` would keep the program at its prompt
-    for as long as the map takes. SystemExit ends the thread without a word.
+    for as long as the map takes.
     """
     if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
         for master in list(_masters):
-            _terminate(master, SystemExit("interrupted"))
+            _terminate_at_exit(master)
 
 
 # As concurrent.futures does: these functions run before threads are waited for, atexit's after.

@@ -94,7 +94,9 @@ class AsyncResult:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the result is there, at most `timeout` seconds."""
-        if not self._event.is_set:
+        if threading.current_thread() is _thread:
+            _wait_in_callback(self._loop, self._event, timeout)
+        elif not self._event.is_set:
             self._loop.wait(self._event, timeout)
 
     def get(self, timeout: float | None = None) -> Any:
@@ -226,8 +228,9 @@ class IMapUnorderedIterator:
                     raise error
                 if self._take():
                     continue
+                event = self._event
             left = None if deadline is None else max(0.0, deadline - monotonic())
-            if not self._master.loop.wait(self._event, left):
+            if not self._master.loop.wait(event, left):
                 raise TimeoutError(f"no result after {timeout:g} seconds")
 
     def _take(self) -> bool:
@@ -244,7 +247,8 @@ class IMapUnorderedIterator:
                     error, self._end = self._end, None
                     raise error
                 raise StopIteration
-            self._event = Event()
+            if self._event.is_set:  # or others wait for it as well
+                self._event = Event()
             return False
 
     def __del__(self) -> None:
@@ -287,24 +291,38 @@ def _call_back(callback: Callback, argument: Any, then: Callable[[], object]) ->
 
 
 def _run_callbacks() -> None:
-    """Run callbacks until there have been none for a while."""
+    """Run callbacks, one after the other, until there have been none for a while."""
     global _thread
     while True:
-        try:
-            callback, argument, then = _callbacks.get(timeout=0.5)
-        except queue.Empty:
-            with _starting:
-                if _callbacks.empty():
-                    _thread = None
-                    return
-            continue
-        try:
-            callback(argument)
-        except BaseException:
-            # As for any thread: its exception is shown, and costs nothing else.
-            threading.excepthook(
-                threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
-            )
-        finally:
-            then()
-        del callback, argument, then
+        while _run_callback(0.5):
+            pass
+        with _starting:
+            if _callbacks.empty():
+                _thread = None
+                return
+
+
+def _run_callback(timeout: float) -> bool:
+    """Run the next callback if one comes in `timeout` seconds; return whether one came."""
+    try:
+        callback, argument, then = _callbacks.get(timeout > 0, timeout)
+    except queue.Empty:
+        return False
+    try:
+        callback(argument)
+    except BaseException:
+        # As for any thread: its exception is shown, and costs nothing else.
+        threading.excepthook(
+            threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+        )
+    finally:
+        then()
+    return True
+
+
+def _wait_in_callback(loop: Loop, event: Event, timeout: float | None) -> None:
+    """A callback waits for a result, which may itself wait for a callback: run those meanwhile."""
+    deadline = None if timeout is None else monotonic() + timeout
+    while not event.is_set and (deadline is None or monotonic() < deadline):
+        if not _run_callback(0):
+            loop.wait(event, 0.01)

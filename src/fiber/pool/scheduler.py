@@ -318,9 +318,9 @@ class Scheduler:
         wanted = found.call.id in self._calls
         if wanted:
             self._settle(found.call, 1)
-        if not worker_ends:
-            self._offer(worker)
-            self._assign()
+        worker.lost = worker.lost or worker_ends
+        self._offer(worker)
+        self._assign()
         return (found.call.id, found.start) if wanted else None
 
     # What follows from them --------------------------------------------------------------------
@@ -451,8 +451,9 @@ class Scheduler:
             if call.cost and share < size:
                 share = max(share, int(LEAST_SECONDS / call.cost))
             size = max(1, min(size, share))
-            size = -(-size // call.chunk) * call.chunk
         start, stop = call.ranges.popleft()
+        if not call.single:  # up to the next end of a chunk
+            size = -(-(start + size) // call.chunk) * call.chunk - start
         if start + size < stop:
             call.ranges.appendleft((start + size, stop))
             stop = start + size

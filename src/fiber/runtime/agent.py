@@ -22,13 +22,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from typing import Any, NoReturn
 
 from fiber.runtime import child as child_process
 from fiber.runtime import main as main_module
 from fiber.runtime import session as session_module
-from fiber.runtime.agents import EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
+from fiber.runtime.agents import BYE, EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.loop import Event, Link, Loop
 from fiber.runtime.poller import READ
@@ -47,7 +48,6 @@ def main() -> NoReturn:
     address = os.environ.pop("FIBER_INTERNAL_ADDRESS")
     token = os.environ.pop("FIBER_INTERNAL_TOKEN")
     folder = os.environ.pop("FIBER_INTERNAL_SESSION")
-    parent = os.getppid()
     # A Ctrl-C is for the user's processes. It was blocked while this interpreter started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -56,9 +56,8 @@ def main() -> NoReturn:
             secret = file.read()
         channel = connect(address, secret, _CONNECT_TIMEOUT)
     except OSError as error:
-        if not os.path.isdir(folder) or os.getppid() != parent:
-            session_module.remove_folder(folder)  # the session ended before we could take part
-            os._exit(0)
+        if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            _leave(folder)  # the session ended before we could take part
         print(f"fiber: the agent cannot reach its master at {address}: {error}", file=sys.stderr)
         os._exit(1)
     channel.send(HELLO, pickle.dumps({"token": token, "pid": os.getpid()}))
@@ -67,7 +66,7 @@ def main() -> NoReturn:
         try:
             frames = channel.read()
         except (EOFError, OSError):
-            os._exit(1)
+            _leave(folder)
     assert [frame.kind for frame in frames] == [PREPARE]
     channel.takes_fds = True
     Agent(channel, folder, secret, pickle.loads(frames[0].body)).run()
@@ -128,9 +127,9 @@ class Agent:
             if process.client is client or client.first:
                 process.signal(signal.SIGKILL)
         if client.first:
-            if self.preparation["owner"]:
-                session_module.remove_folder(self.folder)
-            os._exit(0)
+            if client.dismissed:
+                os._exit(0)
+            _leave(self.folder)
 
     def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
         """Start a process for `client`."""
@@ -228,10 +227,15 @@ class _Client:
     def __init__(self, agent: Agent, channel: Channel) -> None:
         self.agent = agent
         self.first = not agent.clients
+        self.dismissed = False  # it has said good-bye
         self.link = Link(agent.loop, channel, self._on_frame, lambda: agent.lost(self))
         agent.clients.add(self)
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.kind == BYE:
+            self.dismissed = True
+            self.agent.lost(self)
+            return
         key, fact = pickle.loads(frame.body)
         if frame.kind == SPAWN:
             fds = [self.link.channel.fds.popleft() for _ in range(fact["fds"])]
@@ -304,6 +308,18 @@ class _Stream:
             os.close(self._source)
             os.close(self._target)
             self._source = -1
+
+
+def _leave(folder: str) -> NoReturn:
+    """End; the session's folder goes as well if its master has gone without a word."""
+    for _ in range(100):  # a dying process may close its socket a moment before it lets go of locks
+        if not os.path.isdir(folder):
+            break
+        if session_module.is_abandoned(folder):
+            session_module.remove_folder(folder)
+            break
+        time.sleep(0.01)
+    os._exit(0)
 
 
 def _thread_count() -> int:

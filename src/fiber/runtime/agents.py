@@ -26,10 +26,21 @@ from fiber.wire.framing import Frame
 if TYPE_CHECKING:
     from fiber.runtime.endpoint import Endpoint
 
-__all__ = ["EXITED", "FAILED", "PREPARE", "READY", "SIGNAL", "SPAWN", "STARTED", "Agent", "Child"]
+__all__ = [
+    "BYE",
+    "EXITED",
+    "FAILED",
+    "PREPARE",
+    "READY",
+    "SIGNAL",
+    "SPAWN",
+    "STARTED",
+    "Agent",
+    "Child",
+]
 
-PREPARE, SPAWN, SIGNAL, READY, STARTED, FAILED, EXITED = range(2, 9)
-"""Kinds of frames between a parent (the first three) and an agent (the others)."""
+PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED = range(2, 10)
+"""Kinds of frames between a parent (the first four) and an agent (the others)."""
 
 _LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
 
@@ -132,10 +143,10 @@ class Agent:
             assert self.job is not None
             status = backend.status(self.job)
             if status.state is JobState.ENDED:
-                end = f"exit code {status.exit_code}" if status.exit_code is not None else "no code"
-                why = f"ended with {end} before it was ready"
+                phase = "before it connected" if self._link is None else "while it loaded __main__"
                 detail = " ".join(filter(None, [status.reason, status.message]))
-                self._fail(f"{why}{': ' + detail if detail else ''}")
+                code = status.exit_code if status.exit_code is not None else "unknown"
+                self._fail(f"ended {phase}, exit code {code}{': ' + detail if detail else ''}")
             elif monotonic() > deadline:
                 backend.kill(self.job)
                 self._fail(f"was not ready after {timeout:g} seconds (start_timeout)")
@@ -210,6 +221,8 @@ class Agent:
             child._end(*facts)
 
     def _on_lost(self) -> None:
+        if not self.ready.is_set:
+            return  # its job will tell why: see `look` in `submit`
         self._fail("ended unexpectedly")
         self._reap()
 
@@ -229,6 +242,9 @@ class Agent:
         self.error = f"{self.name} {error}"
         logger.debug("%s", self.error)
         if self._link is not None:
+            # Told, the agent need not find out whether this process is gone.
+            self._link.post(BYE, b"")
+            self._link.flush()
             self._link.close()
         self.ready.set()
         for _, _, fds in self._early:

@@ -125,6 +125,7 @@ class Loop:
         self._bell.acquire()
         self._parked = False
         self._failure: BaseException | None = None
+        self._reason: BaseException = RuntimeError("Fiber's session was ended")
         self.closed = False
 
     # From outside ------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class Loop:
         """Wait until `event` is set, at most `timeout` seconds; return whether it is set.
 
         Raises:
-            RuntimeError: the loop was closed, or failed, so that nobody could set the event.
+            RuntimeError: the loop was closed, or failed, so that nobody will set the event.
         """
         deadline = None if timeout is None else monotonic() + timeout
         while not event.is_set:
@@ -170,8 +171,10 @@ class Loop:
         """
         try:
             while not event.is_set and not (self._deferral.pending and self._is_main()):
-                if self._failure is not None or self.closed:
-                    raise RuntimeError("Fiber's I/O loop ended") from self._failure
+                if self._failure is not None:
+                    raise RuntimeError("Fiber's I/O loop failed") from self._failure
+                if self.closed:
+                    raise self._reason
                 left = None if deadline is None else deadline - monotonic()
                 if left is not None and left <= 0:
                     return
@@ -199,12 +202,13 @@ class Loop:
         self._calls.append(call)
         self._kick()
 
-    def close(self) -> None:
-        """End the loop; whoever waits gets a RuntimeError."""
+    def close(self, reason: BaseException | None = None) -> None:
+        """End the loop; whoever waits gets `reason`, a RuntimeError if it is None."""
         with self:
             if self.closed:
                 return
             self.closed = True
+            self._reason = reason or self._reason
             for sleeper in self._sleepers:
                 sleeper.wake()
             self._kick()

@@ -49,7 +49,6 @@ class Session:
         self.secret = secret
         self.loop = Loop()
         self._lock = lock  # held by the master: its end, however it comes, lets go of it
-        self._owner = lock is not None
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
 
@@ -108,7 +107,6 @@ class Session:
             "cwd": os.getcwd(),
             "main": main.describe(),
             "key": (backend, cpu),
-            "owner": self._owner,
         }
         timeout = config.start_timeout
         agent.submit(registry.get(backend), spec, self.endpoint, preparation, timeout)
@@ -149,14 +147,14 @@ class Session:
         }
         return agent.spawn(name, request, standard_streams())
 
-    def close(self) -> None:
-        """End this part; the owner's end is the end of the session."""
+    def close(self, reason: BaseException | None = None) -> None:
+        """End this part; the owner's end is the end of the session. `reason` as for the loop."""
         with self.loop:
             for agent in self._agents.values():
                 agent.close()
             if self._endpoint is not None:
                 self._endpoint.close()
-        self.loop.close()
+        self.loop.close(reason)
         for agent in self._agents.values():
             agent.collect()
         if self._lock is not None:
@@ -197,17 +195,17 @@ def sweep() -> None:
             if name.startswith(_PREFIX):
                 folder = os.path.join(base, name)
                 with contextlib.suppress(OSError):
-                    if _is_abandoned(folder):
+                    if is_abandoned(folder, _YOUNG):
                         remove_folder(folder)
 
 
-def _is_abandoned(folder: str) -> bool:
-    """Whether no master holds the lock of the session in `folder`."""
+def is_abandoned(folder: str, young: float = 0.0) -> bool:
+    """Whether no master holds the lock of the session in `folder`, older than `young` seconds."""
     about = os.lstat(folder)
     # In a folder that all may write to, somebody else could have put a link of that name.
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         return False
-    if time.time() - about.st_mtime < _YOUNG:
+    if time.time() - about.st_mtime < young:
         return False
     try:
         fd = os.open(os.path.join(folder, SECRET_FILE), os.O_RDONLY | os.O_NOFOLLOW)
@@ -239,7 +237,7 @@ def current() -> Session:
     with _making:
         if _current is None:
             # Last of all at exit: multiprocessing's exit function ends and joins children before.
-            _util.Finalize(None, shutdown, exitpriority=-100)
+            _util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
             deferral = Deferral(lambda: None)
             deferral.enter()  # a Ctrl-C in the middle would leave a folder that nobody removes
             try:
@@ -281,13 +279,18 @@ def inherit(**facts: Any) -> None:
     _inherited.update(facts)
 
 
-def shutdown() -> None:
+def shutdown(reason: BaseException | None = None) -> None:
     """End this process's part in the session, and all that it started; it may begin anew."""
     global _current
     with _making:
         session, _current = _current, None
     if session is not None:
-        session.close()
+        session.close(reason)
+
+
+def _shutdown_at_exit() -> None:
+    # Daemonic threads that still wait end without a word: threading ignores SystemExit.
+    shutdown(SystemExit("the program ended"))
 
 
 def _forget_after_fork() -> None:

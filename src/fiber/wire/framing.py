@@ -124,7 +124,11 @@ class FrameReader:
                     raise FrameError(f"a buffer of {max(sizes)} bytes is more than {MAX_SIZE}")
             at += 16 + 8 * count
             self._kind = kind
-            self._segments = [bytearray(size), *map(bytearray, sizes)]
+            try:
+                self._segments = [bytearray(size), *map(bytearray, sizes)]
+            except MemoryError:
+                total = size + sum(sizes)
+                raise FrameError(f"there is no memory for a frame of {total} bytes") from None
             self._at = self._filled = 0
             frames += self._advance()
         self._rest = data[at:] if at < end else b""
