@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fiber.resources import Resources
 
@@ -32,8 +31,7 @@ class JobState(enum.Enum):
     """The manager does not answer; the job may well be running."""
 
 
-@dataclass(frozen=True)
-class JobStatus:
+class JobStatus(NamedTuple):
     """What the manager says about a job.
 
     Attributes:
@@ -51,8 +49,7 @@ class JobStatus:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class JobSpec:
+class JobSpec(NamedTuple):
     """What to run.
 
     Attributes:
@@ -64,8 +61,8 @@ class JobSpec:
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    resources: Resources = field(default_factory=Resources)
+    environment: Mapping[str, str]
+    resources: Resources
 
 
 class Job(Protocol):

@@ -12,7 +12,7 @@ before they are up. All of it runs within the session's loop.
 
 from __future__ import annotations
 
-import secrets
+import os
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -185,7 +185,7 @@ class Crew:
 
     def _start(self) -> None:
         self._numbers += 1
-        number, token = self._numbers, secrets.token_hex(16)
+        number, token = self._numbers, os.urandom(16).hex()
         endpoint = self._session.endpoint
         self._agent = self._session.agent_soon(self.settings.backend, self._cpu)
         process = WorkerProcess(number, endpoint.address, token)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 __all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
 
@@ -44,70 +44,100 @@ _CAREFUL_ITEMS = 64
 _GROWTH = 8  # how many times larger than the last a batch of a call may be
 
 
-@dataclass(slots=True)
 class Batch:
-    """Items [start, stop) of a call at a worker; `start` moves on as results come."""
+    """Items [start, stop) of a call at a worker; `start` moves on as results come.
 
-    id: int
-    worker: int
-    call: Call
-    start: int
-    stop: int
-    careful: bool
-    """Results are to be reported one by one."""
-    slow: bool = False
-    """The worker reported before its end: it takes longer than expected."""
+    Attributes:
+        careful: results are to be reported one by one.
+        slow: the worker reported before its end, so that it takes longer than expected.
+    """
+
+    __slots__ = ("call", "careful", "id", "slow", "start", "stop", "worker")
+
+    def __init__(
+        self, id: int, worker: int, call: Call, start: int, stop: int, careful: bool
+    ) -> None:
+        self.id = id
+        self.worker = worker
+        self.call = call
+        self.start = start
+        self.stop = stop
+        self.careful = careful
+        self.slow = False
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id}: {self.start}-{self.stop} of {self.call.id} at {self.worker}>"
 
 
-@dataclass(slots=True)
 class Call:
-    """What is known of one call."""
+    """What is known of one call.
 
-    id: int
-    retries: int
-    chunk: int
-    """Items that stay together; 1 unless the user gave a chunksize."""
-    single: bool
-    """One item at a time and none ahead: a time-out is measured from the sending."""
-    cost: float | None
-    """Seconds that an item takes, as far as known."""
-    open: bool
-    """More items may come."""
-    unsettled: int = 0
-    total: int = 0
-    waiting: int = 0
-    """Items in `ranges`."""
-    ranges: deque[tuple[int, int]] = field(default_factory=deque)
-    suspects: deque[tuple[int, int]] = field(default_factory=deque)
-    attempts: dict[int, int] = field(default_factory=dict)
-    largest: int = 1
-    weight: float = 0.0
-    """Bytes that an item takes, as far as known."""
+    Attributes:
+        chunk: items that stay together; 1 unless the user gave a chunksize.
+        single: one item at a time and none ahead: a time-out is measured from the sending.
+        cost: seconds that an item takes, as far as known.
+        weight: bytes that an item takes, 0 if that is not known.
+        open: more items may come.
+        waiting: items in `ranges`.
+        suspects: ranges of items one of which may have ended a worker.
+        attempts: how often an item surely was the one.
+        largest: the largest batch so far.
+    """
+
+    __slots__ = (
+        "attempts", "chunk", "cost", "id", "largest", "open", "ranges", "retries", "single",
+        "suspects", "total", "unsettled", "waiting", "weight",
+    )  # fmt: skip
+
+    def __init__(
+        self, id: int, retries: int, chunk: int, single: bool, cost: float | None, open: bool
+    ) -> None:
+        self.id = id
+        self.retries = retries
+        self.chunk = chunk
+        self.single = single
+        self.cost = cost
+        self.weight = 0.0
+        self.open = open
+        self.unsettled = 0
+        self.total = 0
+        self.waiting = 0
+        self.ranges: deque[tuple[int, int]] = deque()
+        self.suspects: deque[tuple[int, int]] = deque()
+        self.attempts: dict[int, int] = {}
+        self.largest = 1
 
     @property
     def finished(self) -> bool:
+        """Whether all items are settled, and no more can come."""
         return not self.open and self.unsettled == 0
 
 
-@dataclass(slots=True)
 class _Worker:
-    id: int
-    left: int | None
-    """Items that it may still take, None without limit."""
-    lost: bool = False
-    """Its end is to be expected: it gets nothing more."""
-    batches: list[Batch] = field(default_factory=list)
+    """What is known of one worker.
+
+    Attributes:
+        left: items that it may still take, None without limit.
+        batches: what it has, the running one first.
+        lost: its end is to be expected, and it gets nothing more.
+    """
+
+    __slots__ = ("batches", "id", "left", "lost")
+
+    def __init__(self, id: int, left: int | None) -> None:
+        self.id = id
+        self.left = left
+        self.batches: list[Batch] = []
+        self.lost = False
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Send this batch to its worker."""
 
     batch: Batch
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(NamedTuple):
     """The item killed its workers, the last of them just now, and is not tried again."""
 
     call: int
@@ -116,15 +146,13 @@ class Fail:
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """All items of the call are settled."""
 
     call: int
 
 
-@dataclass(frozen=True, slots=True)
-class Retire:
+class Retire(NamedTuple):
     """The worker has done what it may do; have it end, and another take its place."""
 
     worker: int

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import secrets
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -128,7 +127,7 @@ class Agent:
         timeout: float,
     ) -> None:
         """Submit the job in which the agent runs; it will connect to `endpoint`."""
-        token = secrets.token_hex(16)
+        token = os.urandom(16).hex()
         environment = {**spec.environment, "FIBER_INTERNAL_TOKEN": token}
         self.backend = backend
         deadline = monotonic() + timeout

@@ -13,7 +13,6 @@ import fcntl
 import os
 import stat
 import sys
-import tempfile
 import threading
 import time
 from multiprocessing import util as _util
@@ -169,6 +168,8 @@ def environment(cpu: int) -> dict[str, str]:
 
 def _make_folder(secret: bytes) -> tuple[str, int]:
     """Make the session's folder; return it and a descriptor, locked while the master lives."""
+    import tempfile  # not needed to import Fiber, and slow
+
     base = tempfile.gettempdir()
     if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
         base = "/tmp"
@@ -190,6 +191,8 @@ def remove_folder(folder: str) -> None:
 
 def sweep() -> None:
     """Remove folders that sessions of this user left behind when master and agent were killed."""
+    import tempfile
+
     for base in {tempfile.gettempdir(), "/tmp"}:
         for name in os.listdir(base):
             if name.startswith(_PREFIX):

@@ -13,7 +13,6 @@ The state machines are pure: bytes in, bytes out.
 
 from __future__ import annotations
 
-import hmac
 import os
 import struct
 import sys
@@ -39,7 +38,15 @@ def _hello() -> bytes:
 
 
 def _proof(secret: bytes, role: bytes, listener: bytes, caller: bytes) -> bytes:
+    import hmac  # loads OpenSSL, which to import Fiber needs not
+
     return hmac.digest(secret, role + listener + caller, "sha256")
+
+
+def _same(proof: bytes, wanted: bytes) -> bool:
+    import hmac
+
+    return hmac.compare_digest(proof, wanted)
 
 
 def _check_hello(hello: bytes) -> None:
@@ -90,7 +97,7 @@ class ListenerHandshake(_Handshake):
         hello, proof = self._received[: _HELLO.size], self._received[_HELLO.size :]
         _check_hello(hello)
         wanted = _proof(self._secret, b"caller", self.greeting, hello)
-        if not hmac.compare_digest(proof, wanted):
+        if not _same(proof, wanted):
             raise AuthenticationError("it does not know this session's secret")
         return _proof(self._secret, b"listener", self.greeting, hello)
 
@@ -119,7 +126,7 @@ class CallerHandshake(_Handshake):
             self._greeting, self._expects = received, _PROOF
             return self._ours + _proof(self._secret, b"caller", received, self._ours)
         wanted = _proof(self._secret, b"listener", self._greeting, self._ours)
-        if not hmac.compare_digest(received, wanted):
+        if not _same(received, wanted):
             raise AuthenticationError("it does not know this session's secret")
         self.done = True
         return b""
