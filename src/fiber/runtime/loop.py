@@ -67,10 +67,11 @@ class Event:
     Set within the loop only.
     """
 
-    __slots__ = ("_sleepers", "is_set")
+    __slots__ = ("_leads", "_sleepers", "is_set")
 
     def __init__(self) -> None:
         self.is_set = False
+        self._leads: Loop | None = None  # the loop that is led by a thread that waits for this
         self._sleepers: list[_Sleeper] = []
 
     def set(self) -> None:
@@ -78,6 +79,8 @@ class Event:
         self.is_set = True
         for sleeper in self._sleepers:
             sleeper.wake()
+        if self._leads is not None and self._leads._polling:
+            self._leads._kick()  # set by another thread than the one that leads
 
 
 class Timer:
@@ -278,6 +281,7 @@ class Loop:
     def _lead(self, event: Event, deadline: float | None) -> None:
         self._leader = threading.get_ident()
         self._led += 1
+        event._leads = self
         try:
             while not (event.is_set or self.closed or self._failure is not None):
                 if self._deferral.pending and self._is_main():
@@ -287,6 +291,7 @@ class Loop:
                     break
                 self._turn(left)
         finally:
+            event._leads = None
             self._step_down()
 
     def _step_down(self) -> None:
