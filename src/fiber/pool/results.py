@@ -15,13 +15,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fiber.errors import TimeoutError
 from fiber.runtime.loop import Event, Loop
-
-if TYPE_CHECKING:
-    from fiber.pool.master import Master
 
 __all__ = ["AsyncResult", "IMapIterator", "IMapUnorderedIterator", "MapResult"]
 
@@ -144,12 +141,24 @@ class MapResult(AsyncResult):
         self._value[start : start + len(values)] = values
 
 
+class Stream(Protocol):
+    """What an iterator over results needs of the master. Within the loop."""
+
+    loop: Loop
+
+    def consumed(self, call: int, items: int) -> None:
+        """Results were taken: more items may be read."""
+
+    def cancel(self, call: int) -> None:
+        """No more will be taken."""
+
+
 class IMapUnorderedIterator:
     """The results of `imap_unordered`, as they come."""
 
     _finished = True  # until it is made, there is nothing to give up
 
-    def __init__(self, master: Master, return_exceptions: bool = False) -> None:
+    def __init__(self, master: Stream, return_exceptions: bool = False) -> None:
         self._master = master
         self._return_exceptions = return_exceptions
         self._call = -1
@@ -260,7 +269,7 @@ class IMapUnorderedIterator:
 class IMapIterator(IMapUnorderedIterator):
     """The results of `imap`, in order."""
 
-    def __init__(self, master: Master, return_exceptions: bool = False) -> None:
+    def __init__(self, master: Stream, return_exceptions: bool = False) -> None:
         super().__init__(master, return_exceptions)
         self._early: dict[int, tuple[list[Any], Errors]] = {}  # by their first item
         self._expected = 0

@@ -103,7 +103,7 @@ class Agent:
             error = traceback.format_exc()
         child_process.flush()  # or each child would print it again
         self.forks = sys.platform != "darwin" and _thread_count() == 1
-        child_process.prepare()
+        child_process.prepare(preparation["modules"])
         session_module.sweep()
         gc.collect()
         gc.freeze()
@@ -188,6 +188,7 @@ class Agent:
             "names": self.names,
             "key": self.preparation["key"],
             "main": self.preparation["main"],
+            "modules": self.preparation["modules"],
             "agent": self._pid,
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import os
 import pickle
 import signal
@@ -16,7 +17,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fiber.config import config
@@ -31,12 +32,11 @@ _SIZE = struct.Struct("!Q")
 _prctl: Callable[[int, int], int] | None = None
 
 
-def prepare() -> None:
-    """In the agent: load what its children need."""
+def prepare(modules: Iterable[str]) -> None:
+    """Load `modules`, what of Fiber the master has loaded: children will need much of it."""
     global _prctl
-    import fiber.pool.worker
-    import fiber.process  # noqa: F401
-
+    for name in modules:
+        importlib.import_module(name)
     if sys.platform == "linux":
         import ctypes
 
@@ -152,7 +152,7 @@ def run_fresh(fd: int) -> None:
         facts, request = pickle.loads(file.read(size))
     code = 1
     try:
-        prepare()
+        prepare(facts["modules"])
         sys.path[:] = request["sys_path"]
         sys.argv[:] = request["argv"]
         facts["names"] = main_module.load(facts["main"])

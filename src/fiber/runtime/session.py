@@ -105,6 +105,7 @@ class Session:
             "argv": list(sys.argv),
             "cwd": os.getcwd(),
             "main": main.describe(),
+            "modules": sorted(name for name in sys.modules if name.startswith("fiber.")),
             "key": (backend, cpu),
         }
         timeout = config.start_timeout
