@@ -9,6 +9,7 @@ how one hears of its end, is Fiber's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -104,6 +105,15 @@ class Process(_mp_process.BaseProcess):
         return meta_of(self._target or self.run)
 
 
+def _forget_after_fork() -> None:
+    """In a child of `os.fork`: the processes are the parent's, not ours to collect or to end."""
+    children: set[Any] = _mp_process._children  # type: ignore[attr-defined]
+    children -= {child for child in children if isinstance(child, Process)}
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
 class Popen:
     """The life of one started process, as `BaseProcess` wants to see it."""
 
@@ -176,6 +186,9 @@ class Popen:
         assert self._sentinel is not None
         read_end, write_end = self._sentinel
         if write_end >= 0:
+            # A fork of this process may have a copy, so that closing alone would not tell.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(write_end, b"\0")
             os.close(write_end)
             self._sentinel = (read_end, -1)
 

@@ -262,7 +262,7 @@ class Pool:
             TimeoutError: `next(timeout)` seconds went by.
         """
         options = _options(chunksize, retries, timeout)
-        results = IMapIterator(self._ready(func), return_exceptions)
+        results = IMapIterator(self._ready(func), self, return_exceptions)
         self._stream(func, results, iterable, options)
         return results
 
@@ -278,7 +278,7 @@ class Pool:
     ) -> IMapUnorderedIterator:
         """As `imap`, but iterate over the results as they come."""
         options = _options(chunksize, retries, timeout)
-        results = IMapUnorderedIterator(self._ready(func), return_exceptions)
+        results = IMapUnorderedIterator(self._ready(func), self, return_exceptions)
         self._stream(func, results, iterable, options)
         return results
 
@@ -312,7 +312,6 @@ class Pool:
         assert self._master is not None
         packed = self._master.pack(func)
         items = iter(iterable) if not isinstance(iterable, SEQUENCES) else iterable
-        results.keep(self)
         with self._loop:
             self._master.stream(func, packed, MAP, results, items, options)
 

@@ -136,13 +136,14 @@ class Master:
         function: Callable[..., Any],
         packed: Packed,
         how: int,
-        sink: IMapUnorderedIterator,
+        results: IMapUnorderedIterator,
         iterable: Iterable[Any],
         options: Options,
     ) -> None:
         """Begin a call over an iterable that is read as results are taken."""
-        call = self._new_call(function, packed, how, sink, options)
-        sink.bind(call.id)
+        self.check_open()
+        arrivals = results.bind(self._call_ids + 1)
+        call = self._new_call(function, packed, how, arrivals, options)
         call.source = source_of(self.loop, iterable, lambda: self._feed(call), _READ_AHEAD)
         self._schedule(call, None, options)
         self._feed(call)
@@ -196,6 +197,8 @@ class Master:
 
     def _window(self, call: Call) -> int:
         """Return how many more items may be read before results are taken."""
+        if self.closing:  # who waits in `join` takes none
+            return _READ_AHEAD
         workers = max(len(self._crew.workers), 1)
         batch = self._scheduler.batch_items(call.id)
         most = max(config.imap_buffer * self.settings.processes, 4 * batch * workers)
@@ -438,6 +441,8 @@ class Master:
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
         self.closing = True
+        for call in list(self._calls.values()):
+            self._feed(call)
         self._crew.dismiss()
 
     def terminate(self, error: BaseException | None = None) -> None:

@@ -153,37 +153,27 @@ class Stream(Protocol):
         """No more will be taken."""
 
 
-class IMapUnorderedIterator:
-    """The results of `imap_unordered`, as they come."""
+class Arrivals:
+    """The results of a stream, between the master and the iterator that hands them out.
 
-    _finished = True  # until it is made, there is nothing to give up
+    Within the loop. It holds no iterator, so that one which nobody has any more can go.
 
-    def __init__(self, master: Stream, return_exceptions: bool = False) -> None:
-        self._master = master
-        self._return_exceptions = return_exceptions
-        self._call = -1
-        self._current: Iterator[Any] = iter(())  # results that `next` hands out without the loop
-        self._failing: BaseException | None = None  # what follows them
+    Attributes:
+        event: set when there is something new.
+        finished: nothing more will come.
+        end: the exception at the end, if there is one.
+    """
+
+    def __init__(self, return_exceptions: bool) -> None:
+        self.event = Event()
+        self.finished = False
+        self.end: BaseException | None = None
         self._segments: deque[tuple[list[Any], BaseException | None]] = deque()
-        self._end: BaseException | None = None
-        self._event = Event()
-        self._reader = threading.Lock()
-        self._finished = False
-
-    def keep(self, owner: object) -> None:
-        """Keep the pool alive while there are results to come."""
-        self._owner: object | None = owner
-
-    def bind(self, call: int) -> None:
-        """Tell which call this is; the master knows it by that."""
-        self._call = call
-
-    # For the master, within the loop -----------------------------------------------------------
+        self._return_exceptions = return_exceptions
 
     def deliver(self, start: int, values: list[Any], errors: Errors) -> None:
         """Take results of items from `start` on."""
         self._append(values, errors)
-        self._event.set()
 
     def _append(self, values: list[Any], errors: Errors) -> None:
         """Cut results into segments: values, and the exception that comes after them."""
@@ -197,19 +187,71 @@ class IMapUnorderedIterator:
             begin = place + 1
         if begin < len(values):
             self._segments.append((values[begin:] if begin else values, None))
+        self.event.set()
 
     def finish(self) -> None:
         """All items are delivered."""
-        self._finished = True
-        self._owner = None
-        self._event.set()
+        self.finished = True
+        self.event.set()
 
     def abort(self, error: BaseException) -> None:
         """Nothing more will come; `error` says why, after what is there."""
-        self._end = error
+        self.end = error
         self.finish()
 
-    # For the caller ----------------------------------------------------------------------------
+    def take(self) -> tuple[list[Any], BaseException | None] | None:
+        """Return the next segment, or None if there is none now."""
+        if self._segments:
+            return self._segments.popleft()
+        if self.event.is_set and not self.finished:  # others may wait for one that is not set
+            self.event = Event()
+        return None
+
+
+class OrderedArrivals(Arrivals):
+    """The same, put into order."""
+
+    def __init__(self, return_exceptions: bool) -> None:
+        super().__init__(return_exceptions)
+        self._early: dict[int, tuple[list[Any], Errors]] = {}  # by their first item
+        self._expected = 0
+
+    def deliver(self, start: int, values: list[Any], errors: Errors) -> None:
+        self._early[start] = (values, errors)
+        while self._expected in self._early:
+            values, errors = self._early.pop(self._expected)
+            self._expected += len(values)
+            self._append(values, errors)
+
+
+class IMapUnorderedIterator:
+    """The results of `imap_unordered`, as they come.
+
+    Args:
+        master: of the pool.
+        owner: the pool, kept alive as long as this.
+        return_exceptions: hand exceptions out instead of raising them.
+    """
+
+    _arrivals: Arrivals | None = None  # until it is made, there is nothing to give up
+
+    def __init__(self, master: Stream, owner: object, return_exceptions: bool = False) -> None:
+        self._master = master
+        self._owner = owner
+        self._call = -1
+        self._current: Iterator[Any] = iter(())  # results that `next` hands out without the loop
+        self._failing: BaseException | None = None  # what follows them
+        self._reader = threading.Lock()
+        self._arrivals = self._make_arrivals(return_exceptions)
+
+    def _make_arrivals(self, return_exceptions: bool) -> Arrivals:
+        return Arrivals(return_exceptions)
+
+    def bind(self, call: int) -> Arrivals:
+        """Learn which call this is; return where its results shall go."""
+        self._call = call
+        assert self._arrivals is not None
+        return self._arrivals
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -235,33 +277,31 @@ class IMapUnorderedIterator:
                 if self._failing is not None:
                     error, self._failing = self._failing, None
                     raise error
-                if self._take():
-                    continue
-                event = self._event
+                event = self._take()
+            if event is None:
+                continue
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not self._master.loop.wait(event, left):
                 raise TimeoutError(f"no result after {timeout:g} seconds")
 
-    def _take(self) -> bool:
-        """Make the next segment the current one; return whether there was one."""
+    def _take(self) -> Event | None:
+        """Make the next segment the current one; return what to wait for if there is none."""
+        arrivals = self._arrivals
+        assert arrivals is not None
         with self._master.loop:
-            if self._segments:
-                values, self._failing = self._segments.popleft()
+            segment = arrivals.take()
+            if segment is not None:
+                values, self._failing = segment
                 self._current = iter(values)
-                consumed = len(values) + (self._failing is not None)
-                self._master.consumed(self._call, consumed)
-                return True
-            if self._finished:
-                if self._end is not None:
-                    error, self._end = self._end, None
-                    raise error
-                raise StopIteration
-            if self._event.is_set:  # or others wait for it as well
-                self._event = Event()
-            return False
+                self._master.consumed(self._call, len(values) + (self._failing is not None))
+                return None
+            if not arrivals.finished:
+                return arrivals.event
+            error, arrivals.end = arrivals.end, None
+        raise error or StopIteration
 
     def __del__(self) -> None:
-        if not self._finished:
+        if self._arrivals is not None and not self._arrivals.finished:
             master, call = self._master, self._call
             master.loop.call_soon(lambda: master.cancel(call))
 
@@ -269,18 +309,8 @@ class IMapUnorderedIterator:
 class IMapIterator(IMapUnorderedIterator):
     """The results of `imap`, in order."""
 
-    def __init__(self, master: Stream, return_exceptions: bool = False) -> None:
-        super().__init__(master, return_exceptions)
-        self._early: dict[int, tuple[list[Any], Errors]] = {}  # by their first item
-        self._expected = 0
-
-    def deliver(self, start: int, values: list[Any], errors: Errors) -> None:
-        self._early[start] = (values, errors)
-        while self._expected in self._early:
-            values, errors = self._early.pop(self._expected)
-            self._expected += len(values)
-            self._append(values, errors)
-            self._event.set()
+    def _make_arrivals(self, return_exceptions: bool) -> Arrivals:
+        return OrderedArrivals(return_exceptions)
 
 
 # Callbacks -------------------------------------------------------------------------------------

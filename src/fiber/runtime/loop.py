@@ -238,6 +238,20 @@ class Loop:
         os.close(wake_read)
         os.close(wake_write)
 
+    def forget(self) -> None:
+        """After `os.fork`, in the child: let go of what is the parent's without disturbing it."""
+        # The parent's peers must see its end whatever becomes of us, so our copies are closed.
+        # Their numbers stay taken: objects that nobody closes have them. Nothing is unregistered,
+        # for the epoll is the parent's as well.
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in self._poller.descriptors():
+            os.dup2(null, fd, inheritable=False)
+        os.close(null)
+        self._lock = threading.Lock()  # a thread that is not here may have held it
+        self._leader = None
+        self.closed = True
+        self.abandon()
+
     # Within the loop ---------------------------------------------------------------------------
 
     def register(self, fd: int, events: int, handler: Callable[[int], object]) -> None:

@@ -108,6 +108,10 @@ class Poller:
             if fd in handlers
         ]
 
+    def descriptors(self) -> list[int]:
+        """Return what is watched."""
+        return list(self._handlers)
+
     def close(self) -> None:
         """Close it."""
         if self._selector is not None:

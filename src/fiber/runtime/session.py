@@ -161,6 +161,13 @@ class Session:
             remove_folder(self.folder)
             os.close(self._lock)
 
+    def forget(self) -> None:
+        """After `os.fork`, in the child: keep nothing of the parent's session open."""
+        self.loop.forget()
+        if self._lock is not None:
+            os.close(self._lock)  # our copy; the parent's holds the lock
+            self._lock = None
+
 
 def environment(cpu: int) -> dict[str, str]:
     """Return this process's environment with the thread counts that `cpu` CPUs call for."""
@@ -302,6 +309,7 @@ def _forget_after_fork() -> None:
     global _current, _making
     _making = threading.Lock()
     if _current is not None:
+        _current.forget()
         _abandoned.append(_current)
     _current = None
     _inherited.clear()
