@@ -23,6 +23,7 @@ WRITE = selectors.EVENT_WRITE
 Handler = Callable[[int], Any]
 
 _SECONDS = 100e-6  # of looking before sleeping
+_EVENTS = 256  # that one call returns at the most
 
 
 class Patience:
@@ -104,7 +105,7 @@ class Poller:
             return [(handlers[key.fd], events) for key, events in keys if key.fd in handlers]
         return [
             (handlers[fd], _from_epoll(events))
-            for fd, events in self._epoll.poll(timeout)
+            for fd, events in self._epoll.poll(timeout, _EVENTS)
             if fd in handlers
         ]
 

@@ -23,8 +23,9 @@ MAX_BUFFERS = 0xFFFF
 MAX_SIZE = 1 << 38
 """Bytes that one body or buffer may have (256 GiB): more is a damaged header, not a message."""
 
-READ_SIZE = 1 << 18
-_DIRECT = 1 << 16  # what is missing of a segment and is larger than this is read in place
+READ_SIZE = 1 << 14  # room for a hundred small frames; a recv into fresh memory costs by its size
+_DIRECT = 1 << 12  # what is missing of a segment and is larger than this is read in place
+_JOIN = 1 << 16  # a smaller body is copied behind its header: one piece to send instead of two
 
 
 class FrameError(ConnectionError):
@@ -48,7 +49,7 @@ def encode(kind: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> list[Buff
     size = len(body)
     if not buffers:
         head = HEADER.pack(kind, 0, size)
-        return [head + body] if size < _DIRECT else [head, body]
+        return [head + body] if size < _JOIN else [head, body]
     if len(buffers) > MAX_BUFFERS:
         raise ValueError(f"a frame holds at most {MAX_BUFFERS} buffers, not {len(buffers)}")
     sizes = struct.pack(f"!{len(buffers)}Q", *[len(buffer) for buffer in buffers])
