@@ -100,6 +100,11 @@ class Master:
         """Raise what the pool says to who wants to submit."""
         if self._ended is not None:
             raise self._ended
+        if self.loop.closed:
+            raise PoolError(
+                "this pool's session has ended, or belongs to the process that this one was forked "
+                "from; make a pool here"
+            )
 
     def pack(self, function: Callable[..., Any]) -> Packed:
         """Pickle a function for the workers; raises SerializationError."""

@@ -89,12 +89,12 @@ def encode_exception(error: BaseException, skip: int = 1) -> tuple[bytes, str]:
             whole = dumps((data.data, [bytes(b) for b in data.buffers])).data
             if type(_load_exception(whole)) is type(error):
                 return whole, text
-        except Exception:
+        except BaseException:
             pass  # it cannot travel as itself: the stand-in below tells all of it
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     try:
         message = f"{name}: {error}"
-    except Exception:
+    except BaseException:
         message = name
     stand_in = dumps(RemoteError(message, name, text)).data
     return dumps((stand_in, [])).data, text
@@ -112,7 +112,7 @@ def decode_exception(encoded: tuple[bytes, str]) -> BaseException:
         error: BaseException = _load_exception(whole)
         if not isinstance(error, BaseException):
             raise TypeError(f"it became a {type(error).__name__}")
-    except Exception as problem:
+    except BaseException as problem:  # a user's code ran, and it may raise anything
         last = text.rstrip().rpartition("\n")[2]
         error = RemoteError(f"{last} (it could not be unpickled here: {problem})", "", text)
     error.__cause__ = RemoteTraceback(text)

@@ -118,6 +118,14 @@ class Agent:
         agent.ready.set()
         return agent
 
+    @classmethod
+    def failed(cls, loop: Loop, error: str) -> Agent:
+        """Return an agent that cannot start anything, for the reason given."""
+        agent = cls(loop, "no agent")
+        agent.error = error
+        agent.ready.set()
+        return agent
+
     def submit(
         self,
         backend: Backend,

@@ -50,6 +50,7 @@ class Session:
         self._lock = lock  # held by the master: its end, however it comes, lets go of it
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
+        self._closing = False
 
     @property
     def endpoint(self) -> Endpoint:
@@ -75,6 +76,8 @@ class Session:
     def agent_soon(self, backend: str, cpu: int) -> Agent:
         """As `agent`, but it may not be ready yet, or never be. Within the loop."""
         key = (backend, cpu)
+        if self._closing:
+            return Agent.failed(self.loop, "the session has ended")
         agent = self._agents.get(key)
         if agent is None or not agent.usable:
             if agent is not None:
@@ -150,6 +153,7 @@ class Session:
     def close(self, reason: BaseException | None = None) -> None:
         """End this part; the owner's end is the end of the session. `reason` as for the loop."""
         with self.loop:
+            self._closing = True
             for agent in self._agents.values():
                 agent.close()
             if self._endpoint is not None:

@@ -1,0 +1,246 @@
+"""Tasks that end their worker: the item fails with a diagnosis, all others have their results."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fiber
+from tests.pool import tasks
+
+HOW = ["map", "starmap", "imap", "imap_unordered", "apply"]
+Collect = Callable[..., tuple[list[Any], list[BaseException]]]
+
+
+def without(count: int, *places: int) -> list[int]:
+    return [x for x in range(count) if x not in places]
+
+
+@pytest.mark.parametrize("kind", tasks.DEATHS)
+def test_a_death_is_diagnosed(pool: fiber.Pool, kind: str) -> None:
+    if kind == "stack" and sys.version_info >= (3, 12):
+        pytest.skip("this Python guards the C stack itself")
+    results = pool.map(functools.partial(tasks.die_at, kind, (7,)), range(20), return_exceptions=True)
+    error = results.pop(7)
+    assert results == without(20, 7)
+    assert type(error) is fiber.WorkerDied
+    exitcode = tasks.DEATHS[kind][1]
+    assert (error.item, error.attempts, error.exitcode) == (7, 3, exitcode)
+    said = f"exit code {exitcode}" if exitcode >= 0 else signal.Signals(-exitcode).name
+    assert said in str(error)
+    assert "item 7 of" in str(error)
+    assert "die_at" in str(error)
+    assert "3 times" in str(error)
+    assert str(error.pid) in str(error)
+    assert "last words of 7" in error.stderr
+    assert "last words of 7" in str(error)
+    if exitcode in (-signal.SIGSEGV, -signal.SIGABRT):
+        assert "Fatal Python error" in error.stderr
+        assert "die_at" in error.stderr
+
+
+@pytest.mark.parametrize("chunksize", [None, 1, 10])
+@pytest.mark.parametrize("how", HOW)
+def test_all_others_succeed(
+    pool: fiber.Pool, how: str, chunksize: int | None, collect: Collect
+) -> None:
+    func = functools.partial(tasks.die_at, "exit code 3", (25,))
+    values, errors = collect(pool, how, func, range(60), chunksize, retries=1)
+    assert values == without(60, 25)
+    (error,) = errors
+    assert type(error) is fiber.WorkerDied
+    assert (error.item, error.attempts) == ((0 if how == "apply" else 25), 2)
+    if how == "apply":
+        assert str(error).startswith("die_at") or "item" not in str(error)
+    assert pool.map(tasks.square, range(10)) == [x * x for x in range(10)]
+
+
+@pytest.mark.parametrize("retries", [0, 1, 5])
+@pytest.mark.parametrize("how", ["map", "imap", "apply"])
+@pytest.mark.parametrize("chunksize", [None, 1, 10])
+def test_an_item_runs_as_often_as_retries_say(
+    pool: fiber.Pool,
+    tmp_path: Path,
+    how: str,
+    retries: int,
+    chunksize: int | None,
+    collect: Collect,
+) -> None:
+    log = tmp_path / "log"
+    func = functools.partial(
+        tasks.log_and, str(log), functools.partial(tasks.die_at, "SIGKILL", (5,))
+    )
+    values, (error,) = collect(pool, how, func, range(20), chunksize, retries=retries)
+    assert values == without(20, 5)
+    assert type(error) is fiber.WorkerDied
+    assert error.attempts == retries + 1
+    runs = log.read_text().split()
+    assert runs.count("5") == retries + 1
+    assert set(runs) == {str(x) for x in range(20)}
+
+
+@pytest.mark.parametrize("how", ["map", "imap", "imap_unordered"])
+def test_a_poison_item_among_many(pool: fiber.Pool, how: str, collect: Collect) -> None:
+    pool.map(tasks.square, range(10_000))
+    func = functools.partial(tasks.die_at, "SIGKILL", (4321,))
+    values, (error,) = collect(pool, how, func, range(10_000))
+    assert values == without(10_000, 4321)
+    assert type(error) is fiber.WorkerDied
+    assert (error.item, error.attempts) == (4321, 3)
+    assert pool.stats().failed == 1
+    assert pool.stats().died <= 4
+
+
+@pytest.mark.parametrize("places", [(10, 11), (0, 499), (3, 400)])
+def test_two_poison_items(pool: fiber.Pool, places: tuple[int, int]) -> None:
+    func = functools.partial(tasks.die_at, "exit code 3", places)
+    results = pool.map(func, range(500), return_exceptions=True)
+    errors = [r for r in results if isinstance(r, BaseException)]
+    assert [type(error) for error in errors] == [fiber.WorkerDied] * 2
+    assert [error.item for error in errors] == list(places)
+    assert [error.attempts for error in errors] == [3, 3]
+    assert [r for r in results if isinstance(r, int)] == without(500, *places)
+
+
+def test_nothing_but_poison_ends_too(pool: fiber.Pool) -> None:
+    func = functools.partial(tasks.die_at, "exit code 3", tuple(range(10)))
+    results = pool.map(func, range(10), retries=0, return_exceptions=True)
+    assert [type(r) for r in results] == [fiber.WorkerDied] * 10
+    assert [r.item for r in results] == list(range(10))
+    assert pool.map(tasks.square, [3]) == [9]
+
+
+def test_map_raises_the_death(pool: fiber.Pool) -> None:
+    with pytest.raises(fiber.WorkerDied, match="item 2 of"):
+        pool.map(functools.partial(tasks.die_at, "abort", (2,)), range(5), retries=0)
+    with pytest.raises(fiber.WorkerDied, match="once") as caught:
+        pool.apply(tasks.die_at, ("abort", (2,), 2), retries=0)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.exitcode, again.stderr) == (-signal.SIGABRT, caught.value.stderr)
+
+
+def test_an_attempt_that_succeeds_settles_the_item(pool: fiber.Pool, tmp_path: Path) -> None:
+    def second_time_lucky(x: int) -> int:
+        if x % 10 == 0:
+            marker = tmp_path / str(x)
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    assert pool.map(second_time_lucky, range(50)) == list(range(50))
+    assert list(pool.imap(second_time_lucky, range(100))) == list(range(100))
+
+
+def test_error_callbacks_hear_of_deaths(pool: fiber.Pool) -> None:
+    errors: list[BaseException] = []
+    result = pool.apply_async(
+        tasks.die_at, ("exit code 3", (1,), 1), error_callback=errors.append, retries=0
+    )
+    with pytest.raises(fiber.WorkerDied):
+        result.get(20)
+    assert [type(error) for error in errors] == [fiber.WorkerDied]
+
+
+def test_a_pool_with_one_worker_and_an_initializer_recovers() -> None:
+    with fiber.Pool(1, tasks.keep, ("kept",), retries=1) as pool:
+        with pytest.raises(fiber.WorkerDied):
+            pool.apply(tasks.die_at, ("exit code 3", (1,), 1))
+        assert pool.apply(tasks.kept) == ("kept",)
+
+
+def test_deaths_and_maxtasksperchild_together() -> None:
+    with fiber.Pool(2, maxtasksperchild=5) as pool:
+        func = functools.partial(tasks.die_at, "exit code 3", (13, 40))
+        results = pool.map(func, range(60), 1, return_exceptions=True)
+        assert [r for r in results if isinstance(r, int)] == without(60, 13, 40)
+        assert [type(results[place]) for place in (13, 40)] == [fiber.WorkerDied] * 2
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+def test_a_memory_error_arrives_as_itself(pool: fiber.Pool) -> None:
+    results = pool.map(tasks.ask_for_too_much, range(3), return_exceptions=True)
+    assert [type(r) for r in results] == [MemoryError] * 3
+    assert pool.stats().died == 0
+
+
+# What a worker leaves behind, closes, or writes ------------------------------------------------
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["the worker dies", "the worker goes on"])
+def test_a_grandchild_that_holds_all_descriptors(tmp_path: Path, dies: bool) -> None:
+    log = tmp_path / "pids"
+    begin = time.monotonic()
+    try:
+        with fiber.Pool(2, retries=0) as pool:
+            func = functools.partial(tasks.leave_grandchild, str(log), dies)
+            results = pool.map(func, range(10), 1, return_exceptions=True)
+            outcome = results.pop(5)
+            assert results == without(10, 5)
+            assert outcome == 5 if not dies else type(outcome) is fiber.WorkerDied
+            assert pool.map(tasks.square, range(5)) == [0, 1, 4, 9, 16]
+            pool.close()
+            pool.join()
+    finally:
+        for pid in log.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_task_that_closes_all_descriptors(pool: fiber.Pool) -> None:
+    begin = time.monotonic()
+    results = pool.map(tasks.close_descriptors, range(10), return_exceptions=True)
+    outcome = results.pop(5)
+    assert results == without(10, 5)
+    assert type(outcome) is fiber.WorkerDied
+    assert pool.map(tasks.square, range(5)) == [0, 1, 4, 9, 16]
+    assert time.monotonic() - begin < 20
+
+
+def test_tasks_that_write_a_lot(pool: fiber.Pool, capfd: pytest.CaptureFixture[str]) -> None:
+    assert pool.map(tasks.chatter, range(4), 1) == [0, 1, 2, 3]
+    pool.close()
+    pool.join()
+    out, err = capfd.readouterr()
+    for x in range(4):
+        assert sum(line.startswith(f"{x} {x}") for line in out.splitlines()) == 1 << 13
+        assert sum(line.startswith(f"{x} {x}") for line in err.splitlines()) == 1 << 13
+
+
+def test_the_last_lines_of_many_are_told(pool: fiber.Pool) -> None:
+    with pytest.raises(fiber.WorkerDied) as caught:
+        pool.apply(tasks.chatter_and_die, (1,), retries=0)
+    assert caught.value.stderr.rstrip().endswith("and so it ends")
+    assert str(caught.value).rstrip().endswith("and so it ends")
+    assert len(caught.value.stderr) < 100_000
+    assert len(str(caught.value)) < 10_000
+
+
+def test_a_worker_killed_from_outside_costs_no_result(pool: fiber.Pool) -> None:
+    results = pool.imap(functools.partial(tasks.nap_at, -1, 0, 0.002), range(1000))
+    seen = [next(results) for _ in range(100)]
+    for pid in pool.pids():
+        os.kill(pid, signal.SIGKILL)
+    assert seen + list(results) == list(range(1000))
+
+
+def test_idle_workers_that_die_are_replaced(pool: fiber.Pool) -> None:
+    assert pool.map(tasks.square, [2]) == [4]
+    for _ in range(4):
+        for pid in pool.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert pool.map(tasks.square, range(50)) == [x * x for x in range(50)]
