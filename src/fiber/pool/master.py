@@ -33,7 +33,6 @@ from fiber.wire.pickling import Packed, dumps, loads
 __all__ = ["Master", "PoolStats"]
 
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
-_COSTS = 256  # functions whose cost is remembered
 
 
 class PoolStats(NamedTuple):
@@ -79,7 +78,6 @@ class Master:
         self._scheduler = Scheduler()
         self._calls: dict[int, Call] = {}
         self._call_ids = 0
-        self._costs: dict[Any, float] = {}  # seconds per item, by function
         self._packed: tuple[Any, Packed] = (None, Packed(b"", ()))  # the last function
         self._ended: BaseException | None = None  # why it takes no more calls
         self._acting = False
@@ -176,7 +174,7 @@ class Master:
             retries=config.retries if retries is None else retries,
             chunk=call.chunk,
             single=call.timeout is not None,
-            cost=self._costs.get(_key(call.function)),
+            kind=_kind(call.function),
             open=items is None,
         )
 
@@ -411,10 +409,6 @@ class Master:
                     errors[place] = SerializationError(f"{text} cannot be unpickled: {error!r}")
                     errors[place].__cause__ = error
                     values.append(None)
-        if seconds:
-            self._costs[_key(call.function)] = seconds / done
-            if len(self._costs) > _COSTS:
-                del self._costs[next(iter(self._costs))]
         if call.timeout is not None:
             worker.cancel_timers()
         self._deliver(call, settled[1], values, errors)
@@ -484,7 +478,7 @@ class Master:
         return [child.pid for child in children if child.pid is not None]
 
 
-def _key(function: Any) -> Any:
+def _kind(function: Any) -> Any:
     """Return what a function is known by from call to call, without keeping it alive."""
     while hasattr(function, "func"):  # functools.partial
         function = function.func

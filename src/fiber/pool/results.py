@@ -276,6 +276,8 @@ class IMapUnorderedIterator:
                     return value
                 if self._failing is not None:
                     error, self._failing = self._failing, None
+                    if isinstance(error, StopIteration):  # would pass for the end of the results
+                        raise RuntimeError("the task raised StopIteration") from error
                     raise error
                 event = self._take()
             if event is None:

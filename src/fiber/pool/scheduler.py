@@ -23,7 +23,8 @@ item was running. That item is charged with the attempt; its batch mates are not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 __all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
@@ -42,6 +43,8 @@ BATCH_ITEMS = 1 << 14
 BATCH_BYTES = 1 << 20
 _CAREFUL_ITEMS = 64
 _GROWTH = 8  # how many times larger than the last a batch of a call may be
+_KINDS = 256  # whose costs are remembered
+_LOOKED_AT = 16  # calls, at one event
 
 
 class Batch:
@@ -76,6 +79,7 @@ class Call:
         chunk: items that stay together; 1 unless the user gave a chunksize.
         single: one item at a time and none ahead: a time-out is measured from the sending.
         cost: seconds that an item takes, as far as known.
+        kind: calls of the same kind are taken to cost the same.
         weight: bytes that an item takes, 0 if that is not known.
         open: more items may come.
         waiting: items in `ranges`.
@@ -85,18 +89,26 @@ class Call:
     """
 
     __slots__ = (
-        "attempts", "chunk", "cost", "id", "largest", "open", "ranges", "retries", "single",
+        "attempts", "chunk", "cost", "id", "kind", "largest", "open", "ranges", "retries", "single",
         "suspects", "total", "unsettled", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(
-        self, id: int, retries: int, chunk: int, single: bool, cost: float | None, open: bool
+        self,
+        id: int,
+        retries: int,
+        chunk: int,
+        single: bool,
+        cost: float | None,
+        kind: Hashable,
+        open: bool,
     ) -> None:
         self.id = id
         self.retries = retries
         self.chunk = chunk
         self.single = single
         self.cost = cost
+        self.kind = kind
         self.weight = 0.0
         self.open = open
         self.unsettled = 0
@@ -105,7 +117,7 @@ class Call:
         self.ranges: deque[tuple[int, int]] = deque()
         self.suspects: deque[tuple[int, int]] = deque()
         self.attempts: dict[int, int] = {}
-        self.largest = 1
+        self.largest = 1 if cost is None else BATCH_ITEMS
 
     @property
     def finished(self) -> bool:
@@ -165,7 +177,10 @@ class Scheduler:
     """See the module. Every method returns nothing; `actions` hands out what is to be done."""
 
     def __init__(self) -> None:
-        self._calls: dict[int, Call] = {}  # unfinished, oldest first
+        self._calls: dict[int, Call] = {}  # unfinished
+        self._hungry: dict[int, Call] = {}  # those with items to send, oldest first
+        self._waiting = 0  # items in their ranges
+        self._costs: dict[Hashable, float] = {}  # seconds per item, by kind of call
         self._workers: dict[int, _Worker] = {}
         self._idle: dict[int, None] = {}  # workers with no batch; the last in is the first out
         self._busy: dict[int, None] = {}  # workers with one batch that may take another
@@ -184,12 +199,22 @@ class Scheduler:
         chunk: int = 1,
         single: bool = False,
         cost: float | None = None,
+        kind: Hashable = None,
         open: bool = False,
     ) -> None:
-        """There is a new call with `items` items, and more to come if it is `open`."""
-        new = Call(call, retries, chunk, single, cost, open)
-        if cost is not None:
-            new.largest = BATCH_ITEMS
+        """There is a new call with `items` items.
+
+        Args:
+            call: its number.
+            items: how many there are.
+            retries: how often an item may run again after its worker died.
+            chunk: how many items stay together.
+            single: send one item at a time and none ahead.
+            cost: seconds that an item takes, if that is known.
+            kind: calls of the same kind, of one function say, are taken to cost the same.
+            open: more items will come.
+        """
+        new = Call(call, retries, chunk, single, cost, kind, open)
         self._calls[call] = new
         self._extend(new, items)
 
@@ -203,12 +228,13 @@ class Scheduler:
         if items:
             start, call.total = call.total, call.total + items
             call.unsettled += items
-            call.waiting += items
             if call.ranges and call.ranges[-1][1] == start:
-                call.ranges[-1] = (call.ranges[-1][0], call.total)
-            else:
-                call.ranges.append((start, call.total))
-        self._settle(call, 0)
+                start = call.ranges.pop()[0]
+                self._count(call, start - call.total + items)
+            call.ranges.append((start, call.total))
+            self._count(call, call.total - start)
+        else:
+            self._settle(call, 0)
         self._assign()
 
     def complete(self, call: int) -> None:
@@ -224,7 +250,8 @@ class Scheduler:
         if found is not None:
             found.ranges.clear()
             found.suspects.clear()
-            found.waiting = 0
+            self._count(found, -found.waiting)
+            self._hungry.pop(call, None)
 
     def weigh(self, call: int, size: float) -> None:
         """An item of the call took `size` bytes on its way."""
@@ -260,10 +287,7 @@ class Scheduler:
         found.start += done
         if returned:
             found.stop -= returned
-            target = call.suspects if found.careful else call.ranges
-            if call.id in self._calls:
-                target.appendleft((found.stop, found.stop + returned))
-                call.waiting += returned if target is call.ranges else 0
+            self._put_back(call, found.stop, found.stop + returned, found.careful)
         worker = self._workers[found.worker]
         if returned and worker.left is not None:
             worker.left += returned
@@ -291,7 +315,7 @@ class Scheduler:
         if worker.left is not None:
             worker.left += found.stop - found.start
         found.call.single = True
-        self._give_back(found)
+        self._put_back(found.call, found.start, found.stop, found.careful)
         self._offer(worker)
         self._assign()
 
@@ -318,14 +342,14 @@ class Scheduler:
             if batch.call.id not in self._calls:
                 continue
             if place > 0 or not charged:
-                self._give_back(batch)
+                self._put_back(batch.call, batch.start, batch.stop, batch.careful)
                 continue
             call, start = batch.call, batch.start
             if batch.careful or batch.stop - start == 1:
                 start += 1
                 self._charge(call, batch.start, worker)
             if start < batch.stop:
-                call.suspects.append((start, batch.stop))
+                self._suspect(call, start, batch.stop)
         self._assign()
 
     def fail(self, batch: int, *, worker_ends: bool = False) -> tuple[int, int] | None:
@@ -383,9 +407,8 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """How many items no worker has."""
-        suspects = (r for call in self._calls.values() for r in call.suspects)
-        waiting = sum(call.waiting for call in self._calls.values())
-        return waiting + sum(stop - start for start, stop in suspects)
+        suspects = (range for call in self._hungry.values() for range in call.suspects)
+        return self._waiting + sum(stop - start for start, stop in suspects)
 
     @property
     def unfinished(self) -> bool:
@@ -403,22 +426,40 @@ class Scheduler:
             self._actions.append(Fail(call.id, item, attempts, worker))
             self._settle(call, 1)
         else:
-            call.suspects.append((item, item + 1))
+            self._suspect(call, item, item + 1)
 
-    def _give_back(self, batch: Batch) -> None:
-        if batch.call.id not in self._calls:
+    def _suspect(self, call: Call, start: int, stop: int) -> None:
+        """One of these items may have ended a worker."""
+        call.suspects.append((start, stop))
+        self._hungry[call.id] = call
+
+    def _put_back(self, call: Call, start: int, stop: int, careful: bool) -> None:
+        """Items that were assigned are waiting again, if they are still wanted."""
+        if call.id not in self._calls:
             return
-        if batch.careful:
-            batch.call.suspects.appendleft((batch.start, batch.stop))
+        if careful:
+            call.suspects.appendleft((start, stop))
+            self._hungry[call.id] = call
         else:
-            batch.call.ranges.appendleft((batch.start, batch.stop))
-            batch.call.waiting += batch.stop - batch.start
+            call.ranges.appendleft((start, stop))
+            self._count(call, stop - start)
+
+    def _count(self, call: Call, items: int) -> None:
+        """There are `items` more waiting, or fewer."""
+        call.waiting += items
+        self._waiting += items
+        if items > 0:
+            self._hungry[call.id] = call
 
     def _measure(self, call: Call, items: int, seconds: float) -> None:
         cost = seconds / items
         if call.cost is not None:  # one slow item among many shall not count for much
             cost = 0.5 * (call.cost + min(cost, 4 * call.cost))
         call.cost = cost
+        if call.kind is not None:
+            self._costs[call.kind] = cost
+            if len(self._costs) > _KINDS:
+                del self._costs[next(iter(self._costs))]
 
     def _offer(self, worker: _Worker) -> None:
         """Note whether `worker` may be given more."""
@@ -440,9 +481,14 @@ class Scheduler:
         return short and not (call.single or batch.careful or batch.slow)
 
     def _assign(self) -> None:
-        for call in list(self._calls.values()):
+        if not self._hungry:
+            return
+        # Those that cannot be sent ahead of time hold up a few others only, for there may be many.
+        for call in list(islice(self._hungry.values(), _LOOKED_AT)):
             if not self._idle and not self._busy:
                 return
+            if call.cost is None and call.kind in self._costs:
+                call.cost, call.largest = self._costs[call.kind], BATCH_ITEMS
             while call.suspects and self._idle:
                 start, stop = call.suspects.popleft()
                 middle = min(stop, start + (1 if call.single else _CAREFUL_ITEMS))
@@ -451,11 +497,13 @@ class Scheduler:
                 self._send(call, self._idle.popitem()[0], start, middle, careful=True)
             while call.ranges and self._idle:
                 self._send(call, self._idle.popitem()[0], *self._cut(call))
-            if call.single or call.cost is None or call.cost * call.chunk >= PREFETCH_SECONDS:
-                continue
-            # Ahead of time only while there is enough for all: the last items go to who is free.
-            while self._busy and call.waiting >= len(self._workers):
-                self._send(call, self._busy.popitem()[0], *self._cut(call))
+            short = call.cost is not None and call.cost * call.chunk < PREFETCH_SECONDS
+            if short and not call.single:
+                # Ahead of time only while there is enough for all: the last go to who is free.
+                while self._busy and call.ranges and self._waiting >= len(self._workers):
+                    self._send(call, self._busy.popitem()[0], *self._cut(call))
+            if not call.ranges and not call.suspects:
+                del self._hungry[call.id]
 
     def _target(self, call: Call) -> int:
         """Return how many items of `call` should make a batch while there are plenty."""
@@ -469,7 +517,7 @@ class Scheduler:
     def _cut(self, call: Call) -> tuple[int, int]:
         """Cut the next batch off the waiting items of `call`."""
         if call.waiting == 1:
-            call.waiting = 0
+            self._count(call, -1)
             return call.ranges.popleft()
         size = self._target(call)
         if call.single:
@@ -485,17 +533,15 @@ class Scheduler:
         if start + size < stop:
             call.ranges.appendleft((start + size, stop))
             stop = start + size
-        call.waiting -= stop - start
+        self._count(call, start - stop)
         call.largest = max(call.largest, stop - start)
         return start, stop
 
     def _send(self, call: Call, worker: int, start: int, stop: int, careful: bool = False) -> None:
         found = self._workers[worker]
         if found.left is not None and stop - start > found.left:
-            rest = (start + found.left, stop)
+            self._put_back(call, start + found.left, stop, careful)
             stop = start + found.left
-            (call.suspects if careful else call.ranges).appendleft(rest)
-            call.waiting += 0 if careful else rest[1] - rest[0]
         if found.left is not None:
             found.left -= stop - start
         self._batch_ids += 1

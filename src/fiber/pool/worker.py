@@ -156,7 +156,7 @@ class Worker:
         if head.how == STARMAP:
             results: Iterator[Any] = starmap(function, source)
         elif head.how == APPLY:
-            results = (function(*args, **kwargs) for args, kwargs in source)
+            results = starmap(_apply(function), source)
         else:
             results = map(function, source)
         self._begin(job)
@@ -200,8 +200,9 @@ class Worker:
                 continue
             with self._lock:
                 if len(values) + len(job.items) + job.returned < job.size:
-                    # `map` takes a StopIteration of the function for the end of its items.
-                    job.errors[len(values)] = encode_exception(StopIteration(), 0)
+                    # `extend` took a StopIteration of the function for the end of the items.
+                    stop = StopIteration("raised by the task itself")
+                    job.errors[len(values)] = encode_exception(stop)
                     values.append(None)
                     continue
                 self._job = None
@@ -304,6 +305,10 @@ class Worker:
             return True
         begun = job.size - job.returned - len(job.items)
         return len(job.items) > -begun % job.chunk
+
+
+def _apply(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda args, kwargs: function(*args, **kwargs)
 
 
 def _packed_function(head: BatchHead, frame: Frame) -> tuple[bytes, Sequence[Buffer]]:
