@@ -1,7 +1,7 @@
 """What the tests of chaos share: a killer of workers, and programs that are watched from outside.
 
-A program is a script of its own, in a session of its own, whose environment carries a mark. All that
-it starts inherits the mark, so that whatever outlives it is found and named, orphans included.
+A program is a script of its own, in a session of its own, whose environment carries a mark. All
+that it starts inherits the mark, so that whatever outlives it is found and named, orphans included.
 """
 
 from __future__ import annotations

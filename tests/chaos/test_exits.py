@@ -1,6 +1,6 @@
 """Every way in which a program can end by itself: its exit code, no noise, and nothing left.
 
-Programs run with the equivalent of `-X dev -W error`, so that a forgotten socket, file or thread would be told.
+Programs run with the equivalent of `-X dev -W error`, so that a forgotten socket or file is told.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ ENDS = {
         5,
     ),
     "imap left in the middle": (
-        "with fiber.Pool(2) as pool:\n"
-        "    for x in pool.imap(square, iter(int, 1)):\n        sys.exit(4)",
+        (
+            "with fiber.Pool(2) as pool:\n"
+            "    for x in pool.imap(square, iter(int, 1)):\n        sys.exit(4)"
+        ),
         4,
         "",
         5,
@@ -112,8 +114,10 @@ ENDS = {
         5,
     ),
     "process that was killed": (
-        "p = fiber.Process(target=nap, args=(60,))\np.start()\np.kill()\np.join()\n"
-        "sys.exit(-p.exitcode)",
+        (
+            "p = fiber.Process(target=nap, args=(60,))\np.start()\np.kill()\np.join()\n"
+            "sys.exit(-p.exitcode)"
+        ),
         9,
         "",
         5,
@@ -125,16 +129,20 @@ ENDS = {
         8,
     ),
     "pool in a thread that goes on after the main thread": (
-        "def work():\n    with fiber.Pool(2) as pool:\n        pool.map(nap, [0.2] * 4)\n"
-        "    say('thread done')\n"
-        "threading.Thread(target=work).start()",
+        (
+            "def work():\n    with fiber.Pool(2) as pool:\n        pool.map(nap, [0.2] * 4)\n"
+            "    say('thread done')\n"
+            "threading.Thread(target=work).start()"
+        ),
         0,
         "",
         5,
     ),
     "pool in a daemonic thread": (
-        "def work():\n    with fiber.Pool(2) as pool:\n        pool.map(nap, [60] * 4)\n"
-        "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.5)",
+        (
+            "def work():\n    with fiber.Pool(2) as pool:\n        pool.map(nap, [60] * 4)\n"
+            "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.5)"
+        ),
         0,
         "",
         5,

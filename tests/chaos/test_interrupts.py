@@ -315,13 +315,15 @@ def test_an_alarm_that_raises_ends_a_wait_and_nothing_else(program: Callable[...
                 pids = sorted(pool.pids())
                 for i in range(300):
                     try:
-                        signal.setitimer(signal.ITIMER_REAL, moments.random() * 0.02)
+                        # It repeats, for Python itself swallows what is raised in a finalizer.
+                        signal.setitimer(signal.ITIMER_REAL, moments.random() * 0.02, 0.1)
                         while True:
                             assert pool.map(square, range(10)) == [x * x for x in range(10)]
                             assert pool.apply(square, (i,)) == i * i
                             assert list(pool.imap(square, [1, 2])) == [1, 4]
                     except Late:
                         ended += 1
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 began = time.monotonic()
                 try:
                     signal.alarm(1)
@@ -341,33 +343,36 @@ def test_an_alarm_that_raises_ends_a_wait_and_nothing_else(program: Callable[...
     running.leaves_nothing()
 
 
-def test_alarms_and_interrupts_together_lose_neither(program: Callable[..., Any]) -> None:
-    """A handler that raises while another's is being put off, or back, must not disable that one."""
+def test_an_alarm_at_any_instruction_disables_no_handler(program: Callable[..., Any]) -> None:
+    """One that raises while handlers are being put off, or back, must not cost another's signal."""
     running = program(
         source("""\
             class Late(Exception): pass
             def late(signum, frame): raise Late
+            def arrives(number, expected):
+                try:
+                    os.kill(os.getpid(), number)
+                    time.sleep(5)
+                except expected:
+                    return
+                raise AssertionError(f'{number!r} is lost after {alarms} alarms')
             signal.signal(signal.SIGALRM, late)
-            alarms = interrupts = 0
+            alarms = 0
             with fiber.Pool(1) as pool:
-                end = time.monotonic() + 6
+                end = time.monotonic() + 5
                 while time.monotonic() < end:
                     try:
-                        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0003)
-                        try:
-                            while True:
-                                pool.stats()
-                        finally:
-                            signal.setitimer(signal.ITIMER_REAL, 0)
+                        signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.0008 * random.random())
+                        while True:
+                            pool.stats()
                     except Late:
                         alarms += 1
-                    except KeyboardInterrupt:
-                        interrupts += 1
-                    assert signal.getsignal(signal.SIGALRM) is late, 'lost SIGALRM'
-                    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, (
-                        'lost SIGINT', alarms)
-                assert alarms > 500, alarms
+                    arrives(signal.SIGINT, KeyboardInterrupt)
+                    arrives(signal.SIGALRM, Late)
+                assert alarms > 300, alarms
                 assert pool.map(square, range(10)) == [x * x for x in range(10)]
+                assert signal.getsignal(signal.SIGALRM) is late
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
             say('done')
             """)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -17,8 +18,8 @@ ITEMS = 100_000
 KILLS = 8  # fewer would mean that the run was too short to say anything
 
 
-# Lambdas travel by value. A function of this module would have each new worker import pytest, so long
-# that several kills hit its first item.
+# Lambdas travel by value. A function of this module would have each new worker import pytest, which
+# takes so long that several kills hit its first item.
 tiny = lambda i: i * 3 + 1  # noqa: E731
 
 
@@ -104,8 +105,8 @@ def test_all_workers_killed_at_once_again_and_again() -> None:
     with fiber.Pool(4, retries=20) as pool:
         results = pool.imap(vary, range(20_000))
         seen = []
-        for round in range(10):
-            seen += [next(results) for _ in range(500)]
+        for _ in range(10):
+            seen += itertools.islice(results, 500)
             for pid in pool.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

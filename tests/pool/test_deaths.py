@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.pool import tasks
 
 import fiber
-from tests.pool import tasks
 
 HOW = ["map", "starmap", "imap", "imap_unordered", "apply"]
 Collect = Callable[..., tuple[list[Any], list[BaseException]]]
@@ -30,7 +30,9 @@ def without(count: int, *places: int) -> list[int]:
 def test_a_death_is_diagnosed(pool: fiber.Pool, kind: str) -> None:
     if kind == "stack" and sys.version_info >= (3, 12):
         pytest.skip("this Python guards the C stack itself")
-    results = pool.map(functools.partial(tasks.die_at, kind, (7,)), range(20), return_exceptions=True)
+    results = pool.map(
+        functools.partial(tasks.die_at, kind, (7,)), range(20), return_exceptions=True
+    )
     error = results.pop(7)
     assert results == without(20, 7)
     assert type(error) is fiber.WorkerDied
@@ -210,10 +212,11 @@ def test_a_task_that_closes_all_descriptors(pool: fiber.Pool) -> None:
     assert time.monotonic() - begin < 20
 
 
-def test_tasks_that_write_a_lot(pool: fiber.Pool, capfd: pytest.CaptureFixture[str]) -> None:
-    assert pool.map(tasks.chatter, range(4), 1) == [0, 1, 2, 3]
-    pool.close()
-    pool.join()
+def test_tasks_that_write_a_lot(capfd: pytest.CaptureFixture[str]) -> None:
+    with fiber.Pool(2) as pool:  # begun here, for pytest gives the test a stream of its own
+        assert pool.map(tasks.chatter, range(4), 1) == [0, 1, 2, 3]
+        pool.close()
+        pool.join()
     out, err = capfd.readouterr()
     for x in range(4):
         assert sum(line.startswith(f"{x} {x}") for line in out.splitlines()) == 1 << 13

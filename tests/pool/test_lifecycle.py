@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.pool import tasks
 
 import fiber
-from tests.pool import tasks
 
 MakePool = Callable[..., Any]
 
@@ -30,6 +30,11 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) ->
 
 def all_gone(pids: list[int]) -> bool:
     return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def outcome(submitted: Any) -> Any:
+    """Wait for what a method of a pool has returned."""
+    return submitted.get(10) if hasattr(submitted, "get") else list(submitted)
 
 
 SUBMISSIONS: dict[str, Callable[[Any], object]] = {
@@ -264,7 +269,7 @@ def test_a_dropped_pool_warns_and_its_workers_go() -> None:
     pool = fiber.Pool(2)
     assert pool.map(tasks.square, [2]) == [4]
     pids = pool.pids()
-    with pytest.warns(ResourceWarning, match="unclosed running"):
+    with pytest.warns(ResourceWarning, match="unclosed running"):  # noqa: PT031
         del pool
         gc.collect()
     wait_until(lambda: all_gone(pids), "the workers are gone")
@@ -354,8 +359,9 @@ if __name__ == "__main__":
         ("del pool; import gc; gc.collect(); print('dropped')", "dropped\n"),
         ("pool.terminate(); print('terminated')", "terminated\n"),
         (
-            "\n        try: print(pool.map(square, range(3)))\n"
-            "        except Exception as error: print(isinstance(error, fiber.FiberError))",
+            """
+        try: print(pool.map(square, range(3)))
+        except Exception as error: print(isinstance(error, fiber.FiberError))""",
             "True\n",
         ),
     ],
@@ -404,8 +410,7 @@ def test_an_initializer_that_raises_ends_the_pool(tmp_path: Path, name: str) -> 
     begin = time.monotonic()
     with fiber.Pool(2, tasks.log_and_raise, (str(log),)) as pool:
         with pytest.raises(LookupError, match="no luck here") as caught:
-            found = SUBMISSIONS[name](pool)
-            list(found) if name.startswith("imap") else found.get(10)  # type: ignore[attr-defined]
+            outcome(SUBMISSIONS[name](pool))
         assert "log_and_raise" in str(caught.value.__cause__)
         with pytest.raises(LookupError, match="no luck here"):
             pool.map(abs, [1])
@@ -441,8 +446,7 @@ def test_an_initializer_that_ends_the_process_breaks_the_pool(tmp_path: Path, na
     begin = time.monotonic()
     with fiber.Pool(2, tasks.log_and_leave, (str(log), "os._exit")) as pool:
         with pytest.raises(fiber.PoolBroken) as caught:
-            found = SUBMISSIONS[name](pool)
-            list(found)  # type: ignore[call-overload]
+            outcome(SUBMISSIONS[name](pool))
         assert "exit code 7" in str(caught.value)
         assert "the initializer says goodbye" in str(caught.value)
         with pytest.raises(fiber.PoolBroken):
@@ -454,9 +458,10 @@ def test_an_initializer_that_ends_the_process_breaks_the_pool(tmp_path: Path, na
 def test_an_initializer_that_calls_sys_exit_ends_the_pool(tmp_path: Path) -> None:
     log = tmp_path / "log"
     begin = time.monotonic()
-    with fiber.Pool(2, tasks.log_and_leave, (str(log), "sys.exit")) as pool:
-        with pytest.raises(fiber.FiberError, match=r"SystemExit: 7|exit code 7"):
-            pool.map(abs, [1])
+    initializer, initargs = tasks.log_and_leave, (str(log), "sys.exit")
+    ended = pytest.raises(fiber.FiberError, match=r"SystemExit: 7|exit code 7")
+    with fiber.Pool(2, initializer, initargs) as pool, ended:
+        pool.map(abs, [1])
     assert time.monotonic() - begin < 8
     assert len(log.read_text().split()) <= 10
 

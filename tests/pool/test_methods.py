@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.pool import tasks
 
 import fiber
-from tests.pool import tasks
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
     "starmap of nothing": lambda p: p.starmap(pow, []),
     "starmap of strings": lambda p: p.starmap(tasks.show, ["ab", "cde"]),
     "starmap of a generator": lambda p: p.starmap(pow, ((x, 2) for x in range(20))),
-    "starmap with a chunksize": lambda p: p.starmap(pow, zip(range(20), range(20)), 6),
+    "starmap with a chunksize": lambda p: p.starmap(pow, ((x, x) for x in range(20)), 6),
     "starmap that raises": lambda p: p.starmap(fail_at_3, [(1,), (3,)]),
     "starmap of what cannot be unpacked": lambda p: p.starmap(pow, [1, 2]),
     "starmap_async": lambda p: p.starmap_async(pow, [(2, 3)]).get(10),
@@ -211,7 +211,7 @@ def test_exceptions_can_be_results(pool: fiber.Pool, how: str) -> None:
 
 
 def test_exceptions_that_are_returned_are_results(pool: fiber.Pool) -> None:
-    (result,) = pool.map(lambda x: ValueError(x), [1])
+    (result,) = pool.map(ValueError, [1])
     assert type(result) is ValueError
     assert result.args == (1,)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.pool import tasks
 
 import fiber
-from tests.pool import tasks
 
 MakePool = Callable[..., Any]
 
@@ -116,7 +116,7 @@ def test_several_threads_may_share_an_iterator(pool: fiber.Pool) -> None:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert sorted(sum(seen, [])) == [x * x for x in range(5000)]
+    assert sorted(x for taken in seen for x in taken) == [x * x for x in range(5000)]
 
 
 # Callbacks -------------------------------------------------------------------------------------
@@ -138,7 +138,9 @@ def test_a_callback_has_run_when_get_returns(
     errors: list[Any] = []
     pool = make_pool(1)
     for _ in range(20):
-        result = getattr(pool, method)(func, *args, callback=got.append, error_callback=errors.append)
+        result = getattr(pool, method)(
+            func, *args, callback=got.append, error_callback=errors.append
+        )
         assert result.get(20) == value
         if args != ([],):  # multiprocessing forgets the callback of nothing
             assert got.pop() == value

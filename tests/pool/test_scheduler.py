@@ -317,9 +317,9 @@ class Pool(RuleBasedStateMachine):
                 self.settle(action.call, [action.item])
             elif isinstance(action, Finish):
                 call = self.calls[action.call]
-                assert not (call.finished)
-                assert not (call.cancelled)
-                assert not (call.open)
+                assert not call.finished
+                assert not call.cancelled
+                assert not call.open
                 assert len(call.settled) == call.total
                 call.finished = True
             else:
@@ -335,10 +335,10 @@ class Pool(RuleBasedStateMachine):
         call = self.calls[number]
         items = range(batch.start, batch.stop)
         assert items
-        assert not (call.cancelled)
-        assert not (call.finished)
-        assert not (worker.retired)
-        assert not (worker.ending)
+        assert not call.cancelled
+        assert not call.finished
+        assert not worker.retired
+        assert not worker.ending
         assert batch.stop <= call.total
         assert call.settled.isdisjoint(items)
         allowed = None if worker.left is None else worker.left - worker.begun
@@ -602,7 +602,7 @@ def test_the_last_items_are_not_sent_ahead_to_a_busy_worker() -> None:
         assert before.count(worker) == 1
 
 
-@pytest.mark.parametrize("retries", [0, 1, 2, 5])
+@pytest.mark.parametrize("retries", [1, 2, 5])
 @pytest.mark.parametrize("place", [0, 37, 99])
 def test_a_poison_item_in_a_batch_costs_one_death_more_than_it_has_attempts(
     retries: int, place: int
@@ -693,10 +693,20 @@ def test_a_worker_that_was_taken_away_costs_no_attempt() -> None:
     assert scheduler.actions() == []
 
 
+@pytest.mark.parametrize("place", [0, 37, 99])
+def test_an_item_that_may_run_but_once_costs_one_death(place: int) -> None:
+    simulation = Simulation(1, lambda item: 1e-6, frozenset({place}))
+    simulation.scheduler.submit(1, 100, retries=0, chunk=100)
+    simulation.run()
+    assert simulation.deaths == 1
+    assert simulation.failed == [place]
+    assert sorted(simulation.done) == [item for item in range(100) if item != place]
+
+
 def test_a_batch_that_waited_behind_the_deadly_one_is_not_suspect() -> None:
     scheduler = Scheduler()
     scheduler.worker_up(1)
-    scheduler.submit(1, 100, retries=0, cost=1e-3)
+    scheduler.submit(1, 100, retries=1, cost=1e-3)
     first, second = sent_by(scheduler)
     scheduler.worker_down(1)
     scheduler.worker_up(2)

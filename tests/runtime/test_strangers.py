@@ -499,9 +499,9 @@ def test_only_the_user_can_enter_and_the_secret_is_nowhere_to_be_seen(
 # Fuzzing ----------------------------------------------------------------------------------------
 
 FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
-"""Each test goes on for half of it at least, and to its number: together more than a million."""
+"""Each test goes on for half of it at least, and to its number: a million altered inputs in all."""
 
-HANDSHAKES, FRAMES = 200_000, 850_000
+HANDSHAKES, FRAMES = 250_000, 800_000
 
 
 def mutate(data: bytes, chance: random.Random) -> tuple[bytes, int]:
@@ -564,7 +564,7 @@ def test_no_altered_frame_does_harm(bomb: bytes, monkeypatch: pytest.MonkeyPatch
                 chance.randbytes(chance.randrange(30)) + bomb,
                 [chance.randbytes(chance.randrange(9)) for _ in range(chance.randrange(3))],
             )
-            for _ in range(8)
+            for _ in range(chance.randrange(1, 4))
         ]
         ends: list[int] = []
         stream = b""
@@ -585,7 +585,7 @@ def test_no_altered_frame_does_harm(bomb: bytes, monkeypatch: pytest.MonkeyPatch
                 whole = sum(end <= intact for end in ends)
                 got = [(f.kind, bytes(f.body), [bytes(b) for b in f.buffers]) for f in frames]
                 assert got[:whole] == messages[:whole]
-        done += 8 * 20
+            done += 1
     assert refused > 100
 
 

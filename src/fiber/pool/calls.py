@@ -75,6 +75,8 @@ class Call:
         """Those of them that the scheduler knows: whole chunks."""
         self.consumed = 0
         """Results of a stream that were taken."""
+        self.iterator: Any = None
+        """A weak reference to who hands out the results of a stream."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
@@ -100,4 +102,6 @@ class Call:
 
 def name_of(function: Callable[..., Any]) -> str:
     """Return what people call a function."""
+    while hasattr(function, "func"):  # functools.partial; its arguments may be megabytes
+        function = function.func
     return getattr(function, "__qualname__", None) or repr(function)

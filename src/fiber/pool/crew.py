@@ -13,6 +13,7 @@ before they are up. All of it runs within the session's loop.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -102,7 +103,7 @@ class Worker:
 
     def last_words(self) -> str:
         """Return what it last wrote to its standard error, as an addition to a message."""
-        lines = self.child.stderr.rstrip().splitlines()[-_TAIL_LINES:]
+        lines = _tell(self.child.stderr)
         if not lines:
             return ""
         return "\nThe last lines that it wrote:\n" + "\n".join(f"    {line}" for line in lines)
@@ -289,6 +290,30 @@ class Crew:
     def _tell_if_gone(self) -> None:
         if self._dismissed and not self.workers:
             self.gone.set()
+
+
+_FRAME = re.compile(r'  File ".*/(fiber/(pool|runtime|process)|multiprocessing/process).*", line')
+
+
+def _tell(stderr: str) -> list[str]:
+    """Return the last lines of a dead worker, without those that are of no use to its user."""
+    lines: list[str] = []
+    times = 1
+    for line in stderr.splitlines():
+        if _FRAME.match(line) or line.startswith(('  File "<', "Extension modules:")):
+            continue
+        if lines and line == lines[-1]:
+            times += 1
+            continue
+        if times > 1:
+            lines.append(f"  [{times - 1} more of these]")
+            times = 1
+        lines.append(line)
+    if times > 1:
+        lines.append(f"  [{times - 1} more of these]")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines[-_TAIL_LINES:]
 
 
 def _describe_exit(exitcode: int | None) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import pickle
 import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, NamedTuple
@@ -59,6 +61,15 @@ class PoolStats(NamedTuple):
     seconds: float
 
 
+class _Reference(weakref.ref[IMapUnorderedIterator]):
+    """A reference to a stream's iterator; its callback is a method in C.
+
+    A finalizer in Python would swallow the KeyboardInterrupt of a Ctrl-C that comes just then.
+    """
+
+    call = 0
+
+
 class PoolClosed(PoolError, ValueError):
     """The pool takes no more calls; a ValueError, as multiprocessing's."""
 
@@ -80,6 +91,7 @@ class Master:
         self._call_ids = 0
         self._packed: tuple[Any, Packed] = (None, Packed(b"", ()))  # the last function
         self._ended: BaseException | None = None  # why it takes no more calls
+        self._dropped: deque[_Reference] = deque()  # iterators that nobody has any more
         self._acting = False
         self._done = self._failed = 0
         self._seconds = 0.0
@@ -147,7 +159,10 @@ class Master:
         self.check_open()
         arrivals = results.bind(self._call_ids + 1)
         call = self._new_call(function, packed, how, arrivals, options)
-        call.source = source_of(self.loop, iterable, lambda: self._feed(call), _READ_AHEAD)
+        call.iterator = _Reference(results, self._dropped.append)
+        call.iterator.call = call.id
+        ahead = config.imap_buffer * self.settings.processes
+        call.source = source_of(self.loop, iterable, lambda: self._feed(call), ahead)
         self._schedule(call, None, options)
         self._feed(call)
 
@@ -208,6 +223,8 @@ class Master:
         weight = self._scheduler.weight(call.id)
         if weight:
             most = min(most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * workers))
+        if call.source is not None:
+            call.source.ahead = min(most, _READ_AHEAD)
         return max(0, max(most, call.chunk) - (call.fed - call.consumed))
 
     def consumed(self, call: int, items: int) -> None:
@@ -236,6 +253,8 @@ class Master:
     # What the scheduler asks for ---------------------------------------------------------------
 
     def _act(self) -> None:
+        while self._dropped:
+            self.cancel(self._dropped.popleft().call)
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
         self._acting = True
@@ -393,11 +412,14 @@ class Master:
     def _on_results(self, worker: Worker, frame: Frame) -> None:
         batch, returned, seconds, values, packed, counts, encoded = pickle.loads(frame.body)
         done = len(values) if values is not None else len(packed)
+        size = len(frame.body) + sum(map(len, frame.buffers))
         self._seconds += seconds
         settled = self._scheduler.progress(batch, done, seconds, returned)
         if settled is None:
             return
         call = self._calls[settled[0]]
+        if size > done * self._scheduler.weight(call.id):
+            self._scheduler.weigh(call.id, size / done)  # results take their room as well
         errors = {place: protocol.decode_exception(error) for place, error in encoded.items()}
         if values is None:
             values = []
@@ -440,6 +462,7 @@ class Master:
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
         self.closing = True
+        self._act()
         for call in list(self._calls.values()):
             self._feed(call)
         self._crew.dismiss()

@@ -149,9 +149,6 @@ class Stream(Protocol):
     def consumed(self, call: int, items: int) -> None:
         """Results were taken: more items may be read."""
 
-    def cancel(self, call: int) -> None:
-        """No more will be taken."""
-
 
 class Arrivals:
     """The results of a stream, between the master and the iterator that hands them out.
@@ -233,8 +230,6 @@ class IMapUnorderedIterator:
         return_exceptions: hand exceptions out instead of raising them.
     """
 
-    _arrivals: Arrivals | None = None  # until it is made, there is nothing to give up
-
     def __init__(self, master: Stream, owner: object, return_exceptions: bool = False) -> None:
         self._master = master
         self._owner = owner
@@ -250,7 +245,6 @@ class IMapUnorderedIterator:
     def bind(self, call: int) -> Arrivals:
         """Learn which call this is; return where its results shall go."""
         self._call = call
-        assert self._arrivals is not None
         return self._arrivals
 
     def __iter__(self) -> Iterator[Any]:
@@ -277,7 +271,7 @@ class IMapUnorderedIterator:
                 if self._failing is not None:
                     error, self._failing = self._failing, None
                     if isinstance(error, StopIteration):  # would pass for the end of the results
-                        raise RuntimeError("the task raised StopIteration") from error
+                        raise RuntimeError(f"the task raised {error!r}") from error
                     raise error
                 event = self._take()
             if event is None:
@@ -289,7 +283,6 @@ class IMapUnorderedIterator:
     def _take(self) -> Event | None:
         """Make the next segment the current one; return what to wait for if there is none."""
         arrivals = self._arrivals
-        assert arrivals is not None
         with self._master.loop:
             segment = arrivals.take()
             if segment is not None:
@@ -301,11 +294,6 @@ class IMapUnorderedIterator:
                 return arrivals.event
             error, arrivals.end = arrivals.end, None
         raise error or StopIteration
-
-    def __del__(self) -> None:
-        if self._arrivals is not None and not self._arrivals.finished:
-            master, call = self._master, self._call
-            master.loop.call_soon(lambda: master.cancel(call))
 
 
 class IMapIterator(IMapUnorderedIterator):

@@ -178,7 +178,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._calls: dict[int, Call] = {}  # unfinished
-        self._hungry: dict[int, Call] = {}  # those with items to send, oldest first
+        self._hungry: dict[int, Call] = {}  # those with items to send, in turn
         self._waiting = 0  # items in their ranges
         self._costs: dict[Hashable, float] = {}  # seconds per item, by kind of call
         self._workers: dict[int, _Worker] = {}
@@ -496,14 +496,16 @@ class Scheduler:
                     call.suspects.appendleft((middle, stop))
                 self._send(call, self._idle.popitem()[0], start, middle, careful=True)
             while call.ranges and self._idle:
-                self._send(call, self._idle.popitem()[0], *self._cut(call))
+                # An item that may run but once must be known for sure if it ends its worker.
+                self._send(call, self._idle.popitem()[0], *self._cut(call), call.retries == 0)
             short = call.cost is not None and call.cost * call.chunk < PREFETCH_SECONDS
-            if short and not call.single:
+            if short and not call.single and call.retries:
                 # Ahead of time only while there is enough for all: the last go to who is free.
                 while self._busy and call.ranges and self._waiting >= len(self._workers):
                     self._send(call, self._busy.popitem()[0], *self._cut(call))
-            if not call.ranges and not call.suspects:
-                del self._hungry[call.id]
+            del self._hungry[call.id]
+            if call.ranges or call.suspects:  # the next time it is another's turn
+                self._hungry[call.id] = call
 
     def _target(self, call: Call) -> int:
         """Return how many items of `call` should make a batch while there are plenty."""
@@ -512,6 +514,8 @@ class Scheduler:
         size = BATCH_ITEMS if not call.cost else int(BATCH_SECONDS / call.cost)
         if call.weight:
             size = min(size, int(BATCH_BYTES / call.weight))
+        if not call.retries:
+            size = min(size, _CAREFUL_ITEMS)
         return max(1, min(size, call.largest * _GROWTH, BATCH_ITEMS))
 
     def _cut(self, call: Call) -> tuple[int, int]:

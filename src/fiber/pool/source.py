@@ -27,6 +27,8 @@ class Source(ABC):
 
     error: BaseException | None = None
     """What the iterable raised at its end."""
+    ahead = 0
+    """How many items may be read before they are taken."""
 
     @abstractmethod
     def take(self, most: int) -> list[Any]:
@@ -67,7 +69,7 @@ class Reader(Source):
         loop: of the session.
         iterable: what to read.
         hungry: called within the loop when items came that somebody waits for.
-        ahead: bound of the buffer.
+        ahead: bound of the buffer; may be changed any time.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Reader(Source):
         self._loop = loop
         self._iterable: Iterable[Any] | None = iterable
         self._hungry = hungry
-        self._ahead = ahead
+        self.ahead = ahead
         self._buffer: deque[Any] = deque()
         self._wanted = True  # somebody waits for items and found none
         self._room = Event()
@@ -92,7 +94,7 @@ class Reader(Source):
         taken = [buffer.popleft() for _ in range(min(most, len(buffer)))]
         if taken:
             self._wanted = False
-        if not self._room.is_set and len(buffer) <= self._ahead // 2:
+        if not self._room.is_set and len(buffer) <= self.ahead // 2:
             self._room.set()
         return taken
 
@@ -106,13 +108,13 @@ class Reader(Source):
     def _read(self) -> None:
         assert self._iterable is not None
         iterable, self._iterable = self._iterable, None
-        buffer, ahead = self._buffer, self._ahead
+        buffer = self._buffer
         try:
             for item in iterable:
                 buffer.append(item)
                 if self._wanted:
                     self._announce()
-                if len(buffer) >= ahead:
+                if len(buffer) >= self.ahead:
                     self._wait_for_room()
                 if self._stopped:
                     return
@@ -133,7 +135,7 @@ class Reader(Source):
 
     def _wait_for_room(self) -> None:
         with self._loop:
-            if len(self._buffer) < self._ahead or self._stopped:
+            if len(self._buffer) < self.ahead or self._stopped:
                 return
             self._room = Event()
         self._loop.wait(self._room)

@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import starmap
 from typing import Any
 
 from fiber.pool.protocol import (
@@ -67,8 +66,12 @@ def run(address: str, token: str) -> None:
 class _Job:
     """A batch while it is run."""
 
-    def __init__(self, id: int, items: deque[Any], chunk: int) -> None:
+    def __init__(
+        self, id: int, how: int, function: Callable[..., Any], items: deque[Any], chunk: int
+    ) -> None:
         self.id = id
+        self.how = how
+        self.function = function
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
         self.size = len(items)
         self.careful = False
@@ -78,6 +81,23 @@ class _Job:
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
         self.began = time.perf_counter()
+
+    def results(self) -> Iterator[Any]:
+        """Run the items that were not begun, one at each step; an exception ends the iterator."""
+        function, source = self.function, _drain(self.items)
+        if self.how == STARMAP:
+            return (function(*item) for item in source)
+        if self.how == APPLY:
+            return (function(*args, **kwargs) for args, kwargs in source)
+        return (function(item) for item in source)
+
+    def fail(self, error: BaseException) -> None:
+        """The item after the last value raised `error`."""
+        ours = 2  # frames of the traceback: the caller of the generator, and the generator
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+            error, ours = error.__cause__, 1  # a generator makes the one of the other
+        self.errors[len(self.values)] = encode_exception(error, ours)
+        self.values.append(None)
 
 
 class Worker:
@@ -151,20 +171,13 @@ class Worker:
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
             return
-        job = _Job(head.batch, items, head.chunk)
-        source = _drain(items)
-        if head.how == STARMAP:
-            results: Iterator[Any] = starmap(function, source)
-        elif head.how == APPLY:
-            results = starmap(_apply(function), source)
-        else:
-            results = map(function, source)
+        job = _Job(head.batch, head.how, function, items, head.chunk)
         self._begin(job)
         if head.careful:
             job.careful = True
-            self._run_carefully(job, results)
+            self._run_carefully(job)
         else:
-            self._run_all(job, results)
+            self._run_all(job)
 
     def _function(self, head: BatchHead, frame: Frame) -> Callable[..., Any]:
         """Return the function of a batch, which may come with it or have come before."""
@@ -188,36 +201,27 @@ class Worker:
             self._keeper = threading.Thread(target=self._keep, name="fiber-keeper", daemon=True)
             self._keeper.start()
 
-    def _run_all(self, job: _Job, results: Iterator[Any]) -> None:
+    def _run_all(self, job: _Job) -> None:
         values = job.values
         while True:
             try:
                 # What was appended before an exception stays, so that its place is known.
-                values.extend(results)
+                values.extend(job.results())
+                break
             except BaseException as error:
-                job.errors[len(values)] = encode_exception(error)
-                values.append(None)
-                continue
-            with self._lock:
-                if len(values) + len(job.items) + job.returned < job.size:
-                    # `extend` took a StopIteration of the function for the end of the items.
-                    stop = StopIteration("raised by the task itself")
-                    job.errors[len(values)] = encode_exception(stop)
-                    values.append(None)
-                    continue
-                self._job = None
-                if job.sent < len(values):
-                    self._report(job, len(values), 0, time.perf_counter() - job.began)
-                return
+                job.fail(error)
+        with self._lock:
+            self._job = None
+            if job.sent < len(values):
+                self._report(job, len(values), 0, time.perf_counter() - job.began)
 
-    def _run_carefully(self, job: _Job, results: Iterator[Any]) -> None:
+    def _run_carefully(self, job: _Job) -> None:
         values = job.values
         while job.items:
             try:
-                values.append(next(results))
+                values.append(next(job.results()))
             except BaseException as error:
-                job.errors[len(values)] = encode_exception(error)
-                values.append(None)
+                job.fail(error)
             with self._lock:
                 self._report(job, len(values), 0, 0.0)
         with self._lock:
@@ -305,10 +309,6 @@ class Worker:
             return True
         begun = job.size - job.returned - len(job.items)
         return len(job.items) > -begun % job.chunk
-
-
-def _apply(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda args, kwargs: function(*args, **kwargs)
 
 
 def _packed_function(head: BatchHead, frame: Frame) -> tuple[bytes, Sequence[Buffer]]:

@@ -39,7 +39,7 @@ from fiber.wire.framing import Frame
 __all__ = ["main"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
-_TAIL = 4096  # bytes of a process's standard error that are kept
+_TAIL = 16384  # bytes of a process's standard error that are kept
 _PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 
 

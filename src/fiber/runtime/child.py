@@ -82,7 +82,7 @@ def run(
         socket=upstream,
     )
     if request["capture_stderr"]:
-        faulthandler.enable(file=2)
+        faulthandler.enable(file=2, all_threads=False)
     try:
         data, buffers = pickle.loads(request["process"])
         process = pickle.loads(data, buffers=buffers)

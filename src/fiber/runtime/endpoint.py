@@ -58,7 +58,7 @@ class Endpoint:
         self._told: set[str] = set()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.bind(path)
-        self._sock.listen(1024)
+        self._sock.listen(4096)
         self._sock.setblocking(False)
         loop.register(self._sock.fileno(), READ, self._accept)
 

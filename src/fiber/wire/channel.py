@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -125,9 +126,17 @@ def connect(address: str, secret: bytes, timeout: float) -> Channel:
     if scheme != "unix":
         raise ValueError(f"{address!r} is no address; it should read unix:PATH")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    deadline = time.monotonic() + timeout
     try:
         sock.settimeout(timeout)
-        sock.connect(path)
+        while True:
+            try:
+                sock.connect(path)
+                break
+            except BlockingIOError:  # so many connect at once that the listener's queue is full
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         handshake = CallerHandshake(secret)
         while not handshake.done:
             data = sock.recv(handshake.wants)
