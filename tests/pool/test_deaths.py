@@ -48,7 +48,8 @@ def test_a_death_is_diagnosed(pool: fiber.Pool, kind: str) -> None:
     assert "last words of 7" in str(error)
     if exitcode in (-signal.SIGSEGV, -signal.SIGABRT):
         assert "Fatal Python error" in error.stderr
-        assert "die_at" in error.stderr
+        # faulthandler shows the innermost 100 frames, which is the recursion alone.
+        assert ("__repr__" if kind == "stack" else "die_at") in error.stderr
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 10])
@@ -87,7 +88,12 @@ def test_an_item_runs_as_often_as_retries_say(
     assert type(error) is fiber.WorkerDied
     assert error.attempts == retries + 1
     runs = log.read_text().split()
-    assert runs.count("5") == retries + 1
+    # Of a batch that ended its worker nobody knows yet which item did it: that death is not counted,
+    # and the items go out again alone. Without retries nothing may run twice, and nothing does.
+    uncounted = 1 if retries and how != "apply" else 0
+    assert retries + 1 <= runs.count("5") <= retries + 1 + uncounted
+    if not retries:
+        assert len(runs) == 20
     assert set(runs) == {str(x) for x in range(20)}
 
 

@@ -437,7 +437,7 @@ class Scheduler:
         """Items that were assigned are waiting again, if they are still wanted."""
         if call.id not in self._calls:
             return
-        if careful:
+        if careful and call.retries:  # without retries all batches are careful
             call.suspects.appendleft((start, stop))
             self._hungry[call.id] = call
         else:
@@ -489,15 +489,11 @@ class Scheduler:
                 return
             if call.cost is None and call.kind in self._costs:
                 call.cost, call.largest = self._costs[call.kind], BATCH_ITEMS
-            while call.suspects and self._idle:
-                start, stop = call.suspects.popleft()
-                middle = min(stop, start + (1 if call.single else _CAREFUL_ITEMS))
-                if middle < stop:
-                    call.suspects.appendleft((middle, stop))
-                self._send(call, self._idle.popitem()[0], start, middle, careful=True)
-            while call.ranges and self._idle:
+            while self._idle and (call.suspects or call.ranges):
                 # An item that may run but once must be known for sure if it ends its worker.
-                self._send(call, self._idle.popitem()[0], *self._cut(call), call.retries == 0)
+                careful = bool(call.suspects) or call.retries == 0
+                start, stop = self._cut_suspects(call) if call.suspects else self._cut(call)
+                self._send(call, self._idle.popitem()[0], start, stop, careful)
             short = call.cost is not None and call.cost * call.chunk < PREFETCH_SECONDS
             if short and not call.single and call.retries:
                 # Ahead of time only while there is enough for all: the last go to who is free.
@@ -517,6 +513,14 @@ class Scheduler:
         if not call.retries:
             size = min(size, _CAREFUL_ITEMS)
         return max(1, min(size, call.largest * _GROWTH, BATCH_ITEMS))
+
+    def _cut_suspects(self, call: Call) -> tuple[int, int]:
+        """Cut the next careful batch off the suspects of `call`."""
+        start, stop = call.suspects.popleft()
+        middle = min(stop, start + (1 if call.single else _CAREFUL_ITEMS))
+        if middle < stop:
+            call.suspects.appendleft((middle, stop))
+        return start, middle
 
     def _cut(self, call: Call) -> tuple[int, int]:
         """Cut the next batch off the waiting items of `call`."""

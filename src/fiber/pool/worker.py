@@ -53,12 +53,15 @@ _CONNECT_TIMEOUT = 30.0
 
 def run(address: str, token: str) -> None:
     """Work for the pool whose master is at `address` and expects `token`, until it says STOP."""
-    channel = connect(address, session.secret(), _CONNECT_TIMEOUT)
-    channel.send(HELLO, pickle.dumps({"token": token}))
     try:
+        channel = connect(address, session.secret(), _CONNECT_TIMEOUT)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return  # the master is gone: there is nobody to work for
+    try:
+        channel.send(HELLO, pickle.dumps({"token": token}))
         Worker(channel).work()
     except (EOFError, ConnectionError):
-        pass  # the master is gone: nobody is left to work for
+        pass  # gone as well
     finally:
         channel.close()
 

@@ -104,7 +104,6 @@ class Agent:
         child_process.flush()  # or each child would print it again
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare(preparation["modules"])
-        session_module.sweep()
         gc.collect()
         gc.freeze()
         with self.loop:
@@ -117,6 +116,7 @@ class Agent:
             self.wake_fds = (wake_read, wake_write)
             first = _Client(self, self._channel)
             first.link.post(READY, pickle.dumps((self.names, error)))
+            self.loop.call_later(0, session_module.sweep)
             while True:
                 self.loop.wait_within(Event())
 

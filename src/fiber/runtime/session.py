@@ -14,7 +14,6 @@ import os
 import stat
 import sys
 import threading
-import time
 from multiprocessing import util as _util
 from typing import Any
 
@@ -35,7 +34,6 @@ from fiber.wire.channel import Channel
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
 SECRET_FILE = "secret"
-_YOUNG = 5.0  # seconds: a folder that may still be in the making
 _PREFIX = f"fiber-{os.getuid()}-"
 _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
 
@@ -185,10 +183,13 @@ def _make_folder(secret: bytes) -> tuple[str, int]:
     base = tempfile.gettempdir()
     if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
         base = "/tmp"
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base)
-    fd = os.open(os.path.join(folder, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    # It gets its name when it is locked: until then `sweep` would take it for abandoned.
+    new = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=base)
+    fd = os.open(os.path.join(new, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     os.write(fd, secret)
+    folder = os.path.join(base, f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
+    os.rename(new, folder)
     return folder, fd
 
 
@@ -210,17 +211,15 @@ def sweep() -> None:
             if name.startswith(_PREFIX):
                 folder = os.path.join(base, name)
                 with contextlib.suppress(OSError):
-                    if is_abandoned(folder, _YOUNG):
+                    if is_abandoned(folder):
                         remove_folder(folder)
 
 
-def is_abandoned(folder: str, young: float = 0.0) -> bool:
-    """Whether no master holds the lock of the session in `folder`, older than `young` seconds."""
+def is_abandoned(folder: str) -> bool:
+    """Whether no master holds the lock of the session in `folder`."""
     about = os.lstat(folder)
     # In a folder that all may write to, somebody else could have put a link of that name.
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
-        return False
-    if time.time() - about.st_mtime < young:
         return False
     try:
         fd = os.open(os.path.join(folder, SECRET_FILE), os.O_RDONLY | os.O_NOFOLLOW)

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from fiber.errors import AuthenticationError
 from fiber.wire.auth import CallerHandshake
 from fiber.wire.framing import READ_SIZE, Buffer, Frame, FrameReader, encode
 
@@ -113,10 +112,12 @@ class Channel:
 def connect(address: str, secret: bytes, timeout: float) -> Channel:
     """Connect to a listener of this session, prove ourselves, and return the channel, blocking.
 
+    A listener that is in a rush may drop who waits for it; then this tries again.
+
     Args:
         address: `unix:PATH`.
         secret: of the session.
-        timeout: seconds for connection and handshake together with the listener's answers.
+        timeout: seconds until the channel must be open.
 
     Raises:
         AuthenticationError: the listener is not of this session.
@@ -125,23 +126,28 @@ def connect(address: str, secret: bytes, timeout: float) -> Channel:
     scheme, _, path = address.partition(":")
     if scheme != "unix":
         raise ValueError(f"{address!r} is no address; it should read unix:PATH")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     deadline = time.monotonic() + timeout
+    pause = 0.001
+    while True:
+        try:
+            return _connect_once(path, secret, deadline)
+        except (BlockingIOError, ConnectionResetError, BrokenPipeError):
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _connect_once(path: str, secret: bytes, deadline: float) -> Channel:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout)
-        while True:
-            try:
-                sock.connect(path)
-                break
-            except BlockingIOError:  # so many connect at once that the listener's queue is full
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        sock.connect(path)
         handshake = CallerHandshake(secret)
         while not handshake.done:
             data = sock.recv(handshake.wants)
             if not data:
-                raise AuthenticationError(f"the listener at {address} closed the handshake")
+                raise ConnectionResetError(f"the listener at {path} closed the handshake")
             answer = handshake.feed(data)
             if answer:
                 sock.sendall(answer)
