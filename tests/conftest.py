@@ -121,6 +121,8 @@ def _shared_memory() -> dict[object, str]:
 
 def _of_others(name: str) -> bool:
     """Whether a name tells of a living process (fiber-<uid>-<pid>-...) that is none of this run."""
+    if name.startswith("sem.mp-"):  # a semaphore of multiprocessing, which Fiber has none of
+        return True
     parts = name.split("-")
     if len(parts) < 3 or not parts[2].isdecimal():
         return False

@@ -88,7 +88,7 @@ def test_an_item_runs_as_often_as_retries_say(
     assert type(error) is fiber.WorkerDied
     assert error.attempts == retries + 1
     runs = log.read_text().split()
-    # Of a batch that ended its worker nobody knows yet which item did it: that death is not counted,
+    # Of a batch that ended its worker nobody knows yet which item did it: that death is not counted
     # and the items go out again alone. Without retries nothing may run twice, and nothing does.
     uncounted = 1 if retries and how != "apply" else 0
     assert retries + 1 <= runs.count("5") <= retries + 1 + uncounted
