@@ -40,6 +40,7 @@ __all__ = ["main"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
 _TAIL = 16384  # bytes of a process's standard error that are kept
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 _PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 
 
@@ -88,6 +89,8 @@ class Agent:
         self.clients: set[_Client] = set()
         self.streams: set[_Stream] = set()
         self._channel = channel
+        self._handlers: dict[int, Any] = {}
+        self._leaving = False
         self._pid = os.getpid()
 
     def run(self) -> NoReturn:
@@ -102,6 +105,7 @@ class Agent:
         except BaseException:
             error = traceback.format_exc()
         child_process.flush()  # or each child would print it again
+        self._take_signals()
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare(preparation["modules"])
         gc.collect()
@@ -117,8 +121,25 @@ class Agent:
             first = _Client(self, self._channel)
             first.link.post(READY, pickle.dumps((self.names, error)))
             self.loop.call_later(0, session_module.sweep)
-            while True:
-                self.loop.wait_within(Event())
+        never = Event()
+        while True:
+            self.loop.wait(never)
+
+    def _take_signals(self) -> None:
+        """Set aside the handlers that the main module installed: they are for the children."""
+        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self.loop.call_soon(self._leave_soon))
+
+    def _leave_soon(self) -> None:
+        """SIGTERM, perhaps for all of the program: stay as long as there are processes.
+
+        The master may want to hear how they end; if it is gone, its end will be noticed.
+        """
+        self._leaving = True
+        if not self.processes:
+            _leave(self.folder)
 
     def lost(self, client: _Client) -> None:
         """A client is gone: kill what it started; with the first client all is over."""
@@ -127,6 +148,8 @@ class Agent:
             if process.client is client or client.first:
                 process.signal(signal.SIGKILL)
         if client.first:
+            for stream in list(self.streams):
+                stream.tail()  # passes on what is there
             if client.dismissed:
                 os._exit(0)
             _leave(self.folder)
@@ -166,6 +189,8 @@ class Agent:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
             for fd in self.wake_fds:
                 os.close(fd)
             for client in self.clients:
@@ -206,6 +231,8 @@ class Agent:
                 tail = process.stderr.tail() if process.stderr is not None else ""
                 code = os.waitstatus_to_exitcode(status)
                 process.client.link.post(EXITED, pickle.dumps((process.key, code, tail)))
+            if self._leaving and not self.processes:
+                self.loop.call_soon(self._leave_soon)  # when that has been sent
 
 
 class _Process:

@@ -63,8 +63,10 @@ def run(
     for number, fd in enumerate(fds, 1):
         os.dup2(fd, number)
         os.close(fd)
-    handler = signal.SIG_IGN if request["ignore_interrupt"] else signal.default_int_handler
-    signal.signal(signal.SIGINT, handler)
+    if request["ignore_interrupt"]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the agent's; no handler of the user's
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ != request["environment"]:
         os.environ.clear()
         os.environ.update(request["environment"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import stat
 import sys
 import threading
@@ -144,7 +145,7 @@ class Session:
             "parent": os.getpid(),
             "process": process,
             "capture_stderr": capture_stderr,
-            "ignore_interrupt": ignore_interrupt,
+            "ignore_interrupt": ignore_interrupt or _ignores_interrupt(),
         }
         return agent.spawn(name, request, standard_streams())
 
@@ -174,6 +175,11 @@ class Session:
 def environment(cpu: int) -> dict[str, str]:
     """Return this process's environment with the thread counts that `cpu` CPUs call for."""
     return {**os.environ, **thread_environment(cpu, os.environ)}
+
+
+def _ignores_interrupt() -> bool:
+    """Whether this process was told to ignore Ctrl-C, as programs in the background are."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def _make_folder(secret: bytes) -> tuple[str, int]:
