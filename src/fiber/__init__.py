@@ -15,8 +15,6 @@ each. Processes start on this machine, or where the configuration says (see `fib
 
 from __future__ import annotations
 
-from typing import Any
-
 from fiber._version import __version__
 from fiber.config import config
 from fiber.context import FiberContext, get_context
@@ -71,7 +69,7 @@ __all__ = [
 ]
 
 
-def init(**values: Any) -> None:
+def init(**values: object) -> None:
     """Set configuration keys, as `fiber.config.key = value`; `ConfigError` if one is wrong."""
     config.init(**values)
 

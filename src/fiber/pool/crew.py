@@ -258,6 +258,10 @@ class Crew:
             worker.up = False
             self._foreman.worker_down(worker)
         del self.workers[worker.id]
+        if worker.child.agent.ending and not worker.stopping:
+            self._foreman.crew_failed(
+                PoolBroken(f"{worker.describe_end()}; their agent was asked to end by SIGTERM")
+            )
         if self._boot_failures >= _BOOT_FAILURES:
             self._boot_failures = 0
             self._foreman.crew_failed(

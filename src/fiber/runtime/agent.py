@@ -29,9 +29,9 @@ from typing import Any, NoReturn
 from fiber.runtime import child as child_process
 from fiber.runtime import main as main_module
 from fiber.runtime import session as session_module
-from fiber.runtime.agents import BYE, EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
+from fiber.runtime.agents import BYE, ENDING, EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
 from fiber.runtime.endpoint import HELLO
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.loop import Event, Link, Loop, Timer
 from fiber.runtime.poller import READ
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Frame
@@ -41,6 +41,9 @@ __all__ = ["main"]
 _CONNECT_TIMEOUT = 30.0  # seconds
 _TAIL = 16384  # bytes of a process's standard error that are kept
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+_LINE_SECONDS = 0.02  # that a line may take to be whole
+_RETRY_SECONDS = 0.05  # between looks at a stream that takes nothing
+_BACKLOG = 1 << 16  # bytes pending at which reading stops
 _PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 
 
@@ -133,12 +136,18 @@ class Agent:
         signal.signal(signal.SIGTERM, lambda *_: self.loop.call_soon(self._leave_soon))
 
     def _leave_soon(self) -> None:
-        """SIGTERM, perhaps for all of the program: stay as long as there are processes.
+        """SIGTERM, perhaps for all of the program: start no more, and stay while there are some.
 
         The master may want to hear how they end; if it is gone, its end will be noticed.
         """
-        self._leaving = True
+        if not self._leaving:
+            self._leaving = True
+            for client in self.clients:
+                client.link.post(ENDING, pickle.dumps(None))
+                client.link.flush()
         if not self.processes:
+            for client in self.clients:
+                client.link.close()
             _leave(self.folder)
 
     def lost(self, client: _Client) -> None:
@@ -156,6 +165,11 @@ class Agent:
 
     def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
         """Start a process for `client`."""
+        if self._leaving:
+            for fd in fds:
+                os.close(fd)
+            client.link.post(FAILED, pickle.dumps((key, "the agent was asked to end by SIGTERM")))
+            return
         ours, theirs = socket.socketpair()
         stderr: _Stream | None = None
         if request["capture_stderr"]:
@@ -281,61 +295,85 @@ class _Stream:
         self._agent = agent
         self._source = source
         self._target = target
-        self._pending = b""
+        self._pending = b""  # read, not passed on yet
         self._kept = b""
+        self._ended = False
+        self._reading = False
+        self._timer: Timer | None = None
         os.set_blocking(source, False)
         agent.streams.add(self)
-        agent.loop.register(source, READ, self._ready)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if not self._reading and not self._ended:
+            self._reading = True
+            self._agent.loop.register(self._source, READ, self._ready)
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._agent.loop.unregister(self._source)
 
     def _ready(self, events: int) -> None:
-        data = self._read()
-        if data is None:
-            return
-        if not data:
-            self._agent.loop.unregister(self._source)
-            self._agent.streams.discard(self)
-            self.abandon()
-            return
-        self._pending += data
+        if self._read() == b"":
+            self._stop_reading()
+            self._ended = True
         self._pass_on()
 
     def _read(self) -> bytes | None:
-        """Return what is there, b"" at the end, None if there is nothing now."""
+        """Take what is there; return it, b"" at the end, None if there is nothing now."""
         try:
             data = os.read(self._source, _PIECE)
         except BlockingIOError:
             return None
+        self._pending += data
         self._kept = (self._kept + data)[-_TAIL:]
         return data
 
-    def _pass_on(self) -> None:
-        """Write what is pending as far as the user's stream takes it without blocking."""
+    def _pass_on(self, *, late: bool = False) -> None:
+        """Write what is pending as far as the user's stream takes it without blocking.
+
+        Whole lines, so that those of several processes do not tear each other; what is no whole
+        line waits a moment for its end.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         while self._pending:
+            end = self._pending.rfind(b"\n", 0, _PIECE) + 1
+            if not end and len(self._pending) < _PIECE and not (late or self._ended):
+                finish = lambda: self._pass_on(late=True)  # noqa: E731
+                self._timer = self._agent.loop.call_later(_LINE_SECONDS, finish)
+                return
             if not select.select([], [self._target], [], 0)[1]:
-                self._agent.loop.call_later(0.05, self._pass_on)
+                self._timer = self._agent.loop.call_later(_RETRY_SECONDS, self._pass_on)
+                if len(self._pending) > _BACKLOG:
+                    self._stop_reading()
                 return
             try:
-                count = os.write(self._target, self._pending[:_PIECE])
+                count = os.write(self._target, self._pending[: end or _PIECE])
             except OSError:  # nobody reads it any more
                 count = len(self._pending)
             self._pending = self._pending[count:]
+        if self._ended:
+            self._agent.streams.discard(self)
+            self.abandon()
+        else:
+            self._read_on()
 
     def tail(self) -> str:
         """Return the last lines, with all that the dead process has written."""
-        while True:
-            data = self._read() if self._source >= 0 else b""
-            if not data:
-                break
-            self._pending += data
-        self._pass_on()
+        while not self._ended and self._read():
+            pass
+        if self._source >= 0:
+            self._pass_on(late=True)
         return self._kept.decode(errors="replace")
 
     def abandon(self) -> None:
         """Close the descriptors."""
-        if self._source >= 0:
-            os.close(self._source)
-            os.close(self._target)
-            self._source = -1
+        os.close(self._source)
+        os.close(self._target)
+        self._source = -1
 
 
 def _leave(folder: str) -> NoReturn:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYE",
+    "ENDING",
     "EXITED",
     "FAILED",
     "PREPARE",
@@ -38,7 +39,7 @@ __all__ = [
     "Child",
 ]
 
-PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED = range(2, 10)
+PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED, ENDING = range(2, 11)
 """Kinds of frames between a parent (the first four) and an agent (the others)."""
 
 _LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
@@ -92,6 +93,7 @@ class Agent:
     Attributes:
         ready: set when processes can be started, or the agent has failed.
         error: why it failed.
+        ending: it was asked to end, by SIGTERM, and starts no more processes.
         names: what the main module has that it loaded.
     """
 
@@ -99,6 +101,7 @@ class Agent:
         self.name = name
         self.ready = Event()
         self.error: str | None = None
+        self.ending = False
         self.names: frozenset[str] = frozenset()
         self.job: Job | None = None
         self.backend: Backend | None = None
@@ -176,7 +179,7 @@ class Agent:
     @property
     def usable(self) -> bool:
         """Whether processes can be started through it, now or soon."""
-        return self.error is None
+        return self.error is None and not self.ending
 
     def spawn(self, name: str, request: Mapping[str, Any], fds: Any = ()) -> Child:
         """Have a process started, as soon as the agent is ready."""
@@ -211,6 +214,9 @@ class Agent:
                 early, self._early = self._early, []
                 for post in early:
                     self._post(*post)
+            return
+        if frame.kind == ENDING:
+            self.ending = True
             return
         key, *facts = body
         child = self._children.get(key)

@@ -115,6 +115,7 @@ class Loop:
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
+        self._swept_at = 64  # how many timers there may be before the cancelled ones are dropped
         self._unsent: list[Link] = []
         self._deferral = Deferral(self._interrupt)
         self._leader: int | None = None  # identity of the thread
@@ -274,6 +275,10 @@ class Loop:
     def call_at(self, when: float, call: Callable[[], object]) -> Timer:
         """Have `call` run at `when` (of `time.monotonic`)."""
         timer = Timer(when, call)
+        if len(self._timers) > self._swept_at:  # those that were cancelled go, now and then
+            self._timers = [entry for entry in self._timers if entry[2].call is not None]
+            heapq.heapify(self._timers)
+            self._swept_at = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._timer_ids), timer))
         if self._polling and self._timers[0][2] is timer:
             self._kick()
