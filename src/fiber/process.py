@@ -153,8 +153,12 @@ class Popen:
         return self.poll()
 
     def _signal(self, signum: int) -> None:
-        if self.returncode is None and not self._session.loop.closed:
-            with self._session.loop:
+        loop = self._session.loop
+        if self.returncode is None and not loop.closed:
+            if loop.held:  # a finalizer, run by the collector while this thread does Fiber's I/O
+                loop.call_soon(lambda: self.child.signal(signum))
+                return
+            with loop:
                 self.child.signal(signum)
 
     def interrupt(self) -> None:
@@ -201,6 +205,9 @@ class Popen:
 
     def close(self) -> None:
         """Free what is held for the process."""
+        if self._session.loop.held:
+            self._free()
+            return
         with self._session.loop:  # which may be about to close the writing end itself
             self._free()
 

@@ -43,6 +43,7 @@ __all__ = [
 Function = Callable[..., Any]
 Callback = Callable[[Any], object]
 
+_MAX_CHUNK = 1 << 31  # what fits on the wire; nobody has so many items
 _JOIN_PATIENCE = 10.0  # seconds that terminate waits for workers which were sent SIGKILL
 
 
@@ -311,7 +312,7 @@ class Pool:
     ) -> None:
         assert self._master is not None
         packed = self._master.pack(func)
-        items = iter(iterable) if not isinstance(iterable, SEQUENCES) else iterable
+        items = iterable if type(iterable) in SEQUENCES else iter(iterable)
         with self._loop:
             self._master.stream(func, packed, MAP, results, items, options)
 
@@ -341,9 +342,13 @@ class Pool:
 
     def close(self) -> None:
         """Take no more calls; the workers end when all is done."""
-        assert self._master is not None
+        master = self._master
+        assert master is not None
+        if self._loop.held:  # see _terminate
+            self._loop.call_soon(master.close)
+            return
         with self._loop:
-            self._master.close()
+            master.close()
 
     def terminate(self) -> None:
         """End the workers now; what is still awaited raises `PoolTerminated`."""
@@ -409,6 +414,9 @@ _masters: weakref.WeakSet[Master] = weakref.WeakSet()
 def _terminate(master: Master, error: BaseException | None = None) -> None:
     if master.loop.closed:
         return
+    if master.loop.held:  # a finalizer, run by the collector while this thread does Fiber's I/O
+        master.loop.call_soon(lambda: master.terminate(error))
+        return
     with master.loop:
         master.terminate(error)
     master.loop.wait(master.gone, _JOIN_PATIENCE)
@@ -439,7 +447,7 @@ def _options(chunksize: int | None, retries: int | None, timeout: float | None) 
     if chunksize is not None:
         _check_integer("chunksize", chunksize, 1)
     _check_limits(retries, timeout)
-    return Options(chunksize or 1, retries, timeout)
+    return Options(min(chunksize or 1, _MAX_CHUNK), retries, timeout)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

@@ -8,12 +8,13 @@ when the results before them are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import Packed
+from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
 
 __all__ = ["Call", "Options", "Sink", "name_of"]
 
@@ -88,6 +89,21 @@ class Call:
     def take(self, start: int, stop: int) -> list[Any]:
         """Return items."""
         return self.items[start - self._first : stop - self._first]
+
+    def pack(self, items: list[Any], known: Container[str] | None) -> tuple[bytes, list[Any], int]:
+        """Pickle items of a batch; return the bytes, the buffers, and how many groups they make.
+
+        As in multiprocessing, only the items of one chunk may share what they refer to: a task that
+        changes its argument shall not change that of another which happens to be in its batch.
+        """
+        if len(items) == 1 or is_plain(items):
+            packed = dumps(items, known)
+            return packed.data, list(packed.buffers), 1
+        groups = [
+            dumps(items[at : at + self.chunk], known) for at in range(0, len(items), self.chunk)
+        ]
+        data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
+        return data, [buffer for group in groups for buffer in group.buffers], len(groups)
 
     def settle(self, start: int, stop: int) -> None:
         """Let go of items whose results are there, if the call is a stream."""

@@ -30,7 +30,7 @@ from fiber.resources import Resources
 from fiber.runtime import session
 from fiber.runtime.loop import Event
 from fiber.wire.framing import Frame
-from fiber.wire.pickling import Packed, dumps, loads
+from fiber.wire.pickling import Packed, dumps, loads, reason
 
 __all__ = ["Master", "PoolStats"]
 
@@ -119,8 +119,9 @@ class Master:
     def pack(self, function: Callable[..., Any]) -> Packed:
         """Pickle a function for the workers; raises SerializationError."""
         known = self._crew.known_names
-        if known is None and function is self._packed[0]:
-            return self._packed[1]
+        last, last_packed = self._packed  # one reading: another thread may put its own there
+        if known is None and function is last:
+            return last_packed
         try:
             packed = dumps(function, known)
         except SerializationError as error:
@@ -258,18 +259,20 @@ class Master:
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
         self._acting = True
-        while actions := self._scheduler.actions():
-            for action in actions:
-                if isinstance(action, Send):
-                    self._send(action.batch)
-                elif isinstance(action, Finish):
-                    self._finish(action.call)
-                elif isinstance(action, Fail):
-                    self._fail(action)
-                elif isinstance(action, Retire):
-                    self._crew.workers[action.worker].stop()
-                    self._crew.recruit()
-        self._acting = False
+        try:
+            while actions := self._scheduler.actions():
+                for action in actions:
+                    if isinstance(action, Send):
+                        self._send(action.batch)
+                    elif isinstance(action, Finish):
+                        self._finish(action.call)
+                    elif isinstance(action, Fail):
+                        self._fail(action)
+                    elif isinstance(action, Retire):
+                        self._crew.workers[action.worker].stop()
+                        self._crew.recruit()
+        finally:
+            self._acting = False
 
     def _send(self, batch: Batch) -> None:
         call = self._calls.get(batch.call.id)
@@ -278,12 +281,12 @@ class Master:
             return
         items = call.take(batch.start, batch.stop)
         try:
-            data, buffers, _ = dumps(items, self._crew.known_names)
-        except SerializationError as error:
+            data, buffers, groups = call.pack(items, self._crew.known_names)
+        except BaseException as error:  # a user's code ran, and may have raised anything
             if len(items) > 1:
                 self._scheduler.unloadable(batch.id)  # one by one, to find which
                 return
-            text = f"{call.describe(batch.start)} cannot be sent to a worker: {error}"
+            text = f"{call.describe(batch.start)} cannot be sent to a worker: {reason(error)}"
             self._settle_failed(batch, SerializationError(text))
             return
         self._scheduler.weigh(call.id, (len(data) + sum(map(len, buffers))) / len(items))
@@ -297,6 +300,7 @@ class Master:
             call.id,
             call.chunk,
             len(items),
+            groups,
             call.how,
             batch.careful,
             len(function_buffers),

@@ -55,7 +55,7 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = r
 MAP, STARMAP, APPLY = range(3)
 """How a function is called: with the item, with its elements, or with (args, kwargs)."""
 
-BATCH_HEAD = struct.Struct("!QQIIBBHQ")
+BATCH_HEAD = struct.Struct("!QQIIIBBIQ")
 
 
 class BatchHead(NamedTuple):
@@ -65,6 +65,8 @@ class BatchHead(NamedTuple):
     call: int
     chunk: int
     items: int
+    groups: int
+    """Pickles that hold them; if there are several, in a list with the numbers of their buffers."""
     how: int
     careful: bool
     function_buffers: int

@@ -51,7 +51,12 @@ class SequenceSource(Source):
         self._ended = False
 
     def take(self, most: int) -> list[Any]:
-        taken = list(islice(self._items, most))
+        taken: list[Any] = []
+        try:
+            taken.extend(islice(self._items, most))
+        except RuntimeError as error:  # a dictionary or a set that was changed meanwhile
+            self.error = error
+            self.stop()
         self._ended = len(taken) < most
         return taken
 
@@ -149,6 +154,6 @@ def source_of(
     loop: Loop, iterable: Iterable[Any], hungry: Callable[[], object], ahead: int
 ) -> Source:
     """Return a source for `iterable`, one of `SEQUENCES` or an iterator."""
-    if isinstance(iterable, SEQUENCES):
+    if type(iterable) in SEQUENCES:
         return SequenceSource(iterable)
     return Reader(loop, iterable, hungry, ahead)

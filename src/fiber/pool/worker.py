@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fiber.pool.protocol import (
     APPLY,
@@ -35,13 +35,14 @@ from fiber.pool.protocol import (
     UP,
     BatchHead,
     encode_exception,
+    split,
 )
 from fiber.runtime import session
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.poller import Patience
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Buffer, Frame
-from fiber.wire.pickling import dumps, is_plain, loads
+from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads
 
 __all__ = ["run"]
 
@@ -64,6 +65,23 @@ def run(address: str, token: str) -> None:
         pass  # gone as well
     finally:
         channel.close()
+
+
+class _Pickled(NamedTuple):
+    """A result that is pickled already."""
+
+    packed: Packed
+
+
+def _pickle(value: object, last: bool) -> _Pickled:
+    """Pickle a result; its buffers stay where they are only if it is the `last` of its batch."""
+    if last:
+        return _Pickled(dumps(value))
+    try:
+        return _Pickled(Packed(pickle.dumps(value, PROTOCOL), ()))
+    except Exception:
+        packed = dumps(value)  # by value, or it says why not
+        return _Pickled(Packed(packed.data, [bytes(buffer) for buffer in packed.buffers]))
 
 
 class _Job:
@@ -89,14 +107,17 @@ class _Job:
         """Run the items that were not begun, one at each step; an exception ends the iterator."""
         function, source = self.function, _drain(self.items)
         if self.how == STARMAP:
-            return (function(*item) for item in source)
-        if self.how == APPLY:
-            return (function(*args, **kwargs) for args, kwargs in source)
-        return (function(item) for item in source)
+            values = (function(*item) for item in source)
+        elif self.how == APPLY:
+            values = (function(*args, **kwargs) for args, kwargs in source)
+        else:
+            values = (function(item) for item in source)
+        # At once, for the next task may change what this one returned.
+        return (v if type(v) in PLAIN else _pickle(v, not self.items) for v in values)
 
     def fail(self, error: BaseException) -> None:
         """The item after the last value raised `error`."""
-        ours = 2  # frames of the traceback: the caller of the generator, and the generator
+        ours = 3  # frames of the traceback: the caller of the generators, and the generators
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
             error, ours = error.__cause__, 1  # a generator makes the one of the other
         self.errors[len(self.values)] = encode_exception(error, ours)
@@ -169,7 +190,7 @@ class Worker:
         try:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
-            items = deque(loads(data, frame.buffers[head.function_buffers :]))
+            items = _load_items(head, data, frame.buffers[head.function_buffers :])
         except BaseException as error:
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
@@ -244,17 +265,10 @@ class Worker:
         if is_plain(values):
             body: tuple[Any, ...] = (job.id, returned, seconds, values, None, None, errors)
         else:
-            packed: list[bytes] = []
-            counts: list[int] = []
-            for place, value in enumerate(values):
-                try:
-                    data = dumps(value)
-                except BaseException as error:
-                    errors[place] = encode_exception(error, 2)
-                    data = dumps(None)
-                packed.append(data.data)
-                counts.append(len(data.buffers))
-                buffers += data.buffers
+            pickled = [v if type(v) is _Pickled else _Pickled(dumps(v)) for v in values]
+            packed = [value.packed.data for value in pickled]
+            counts = [len(value.packed.buffers) for value in pickled]
+            buffers = [buffer for value in pickled for buffer in value.packed.buffers]
             body = (job.id, returned, seconds, None, packed, counts, errors)
         self._send(RESULTS, body, buffers)
 
@@ -312,6 +326,16 @@ class Worker:
             return True
         begun = job.size - job.returned - len(job.items)
         return len(job.items) > -begun % job.chunk
+
+
+def _load_items(head: BatchHead, data: Buffer, buffers: Sequence[Buffer]) -> deque[Any]:
+    if head.groups == 1:
+        return deque(loads(data, buffers))
+    items: deque[Any] = deque()
+    groups = pickle.loads(data)
+    for (group, _), its in zip(groups, split(buffers, [n for _, n in groups]), strict=True):
+        items.extend(loads(group, its))
+    return items
 
 
 def _packed_function(head: BatchHead, frame: Frame) -> tuple[bytes, Sequence[Buffer]]:

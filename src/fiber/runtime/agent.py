@@ -14,9 +14,11 @@ client is gone, so is the session, and the agent ends with all that is left of i
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
+import resource
 import select
 import signal
 import socket
@@ -44,6 +46,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 _LINE_SECONDS = 0.02  # that a line may take to be whole
 _RETRY_SECONDS = 0.05  # between looks at a stream that takes nothing
 _BACKLOG = 1 << 16  # bytes pending at which reading stops
+_PIPE = 1 << 16  # bytes that a pipe holds
 _PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 
 
@@ -94,6 +97,7 @@ class Agent:
         self._channel = channel
         self._handlers: dict[int, Any] = {}
         self._leaving = False
+        self._limit = (0, 0)  # of open files, as the children shall have it
         self._pid = os.getpid()
 
     def run(self) -> NoReturn:
@@ -103,12 +107,14 @@ class Agent:
         sys.argv[:] = preparation["argv"]
         error = None
         try:
-            os.chdir(preparation["cwd"])
+            with contextlib.suppress(OSError):  # a folder that is gone
+                os.chdir(preparation["cwd"])
             self.names = main_module.load(preparation["main"])
         except BaseException:
             error = traceback.format_exc()
         child_process.flush()  # or each child would print it again
         self._take_signals()
+        self._limit = _raise_limit()
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare(preparation["modules"])
         gc.collect()
@@ -170,29 +176,32 @@ class Agent:
                 os.close(fd)
             client.link.post(FAILED, pickle.dumps((key, "the agent was asked to end by SIGTERM")))
             return
-        ours, theirs = socket.socketpair()
+        ours: socket.socket | None = None
         stderr: _Stream | None = None
-        if request["capture_stderr"]:
-            read_end, write_end = os.pipe()
-            stderr = _Stream(self, read_end, os.dup(fds[1]))
-            os.close(fds[1])
-            fds[1] = write_end
-        try:
-            if self.forks:
-                pid = os.fork()
-                if pid == 0:
-                    ours.close()
-                    self._be_child(request, theirs, fds)
-            else:
-                pid = child_process.start_fresh(self._facts(), request, ours, theirs, fds)
-        except OSError as error:
-            client.link.post(FAILED, pickle.dumps((key, f"it cannot be forked: {error.strerror}")))
-            ours.close()
-            return
-        finally:
-            theirs.close()
+        with contextlib.ExitStack() as stack:
             for fd in fds:
-                os.close(fd)
+                stack.callback(os.close, fd)
+            try:
+                ours, theirs = socket.socketpair()
+                stack.enter_context(theirs)
+                if request["capture_stderr"]:
+                    read_end, write_end = os.pipe()
+                    stack.callback(os.close, write_end)
+                    stderr = _Stream(self, read_end, os.dup(fds[1]))
+                    fds = [fds[0], write_end]
+                if self.forks:
+                    pid = os.fork()
+                    if pid == 0:
+                        ours.close()
+                        self._be_child(request, theirs, fds)
+                else:
+                    pid = child_process.start_fresh(self._facts(), request, ours, theirs, fds)
+            except OSError as error:
+                if ours is not None:
+                    ours.close()
+                reason = f"it cannot be started: {error.strerror}"
+                client.link.post(FAILED, pickle.dumps((key, reason)))
+                return
         self.processes[pid] = _Process(pid, client, key, stderr)
         _Client(self, Channel(ours, takes_fds=True))
         client.link.post(STARTED, pickle.dumps((key, pid)))
@@ -229,6 +238,7 @@ class Agent:
             "main": self.preparation["main"],
             "modules": self.preparation["modules"],
             "agent": self._pid,
+            "limit": self._limit,
         }
 
     def _reap(self, wake: int) -> None:
@@ -280,7 +290,12 @@ class _Client:
             return
         key, fact = pickle.loads(frame.body)
         if frame.kind == SPAWN:
-            fds = [self.link.channel.fds.popleft() for _ in range(fact["fds"])]
+            received = self.link.channel.fds
+            if len(received) < fact["fds"]:  # the system dropped them, for there are too many open
+                reason = "its agent has no file descriptors left (see ulimit -n)"
+                self.link.post(FAILED, pickle.dumps((key, reason)))
+                return
+            fds = [received.popleft() for _ in range(fact["fds"])]
             self.agent.spawn(self, key, fact, fds)
         elif frame.kind == SIGNAL:
             for process in self.agent.processes.values():
@@ -300,6 +315,8 @@ class _Stream:
         self._ended = False
         self._reading = False
         self._timer: Timer | None = None
+        self._takes = select.poll()
+        self._takes.register(target, select.POLLOUT)
         os.set_blocking(source, False)
         agent.streams.add(self)
         self._read_on()
@@ -345,7 +362,7 @@ class _Stream:
                 finish = lambda: self._pass_on(late=True)  # noqa: E731
                 self._timer = self._agent.loop.call_later(_LINE_SECONDS, finish)
                 return
-            if not select.select([], [self._target], [], 0)[1]:
+            if not self._takes.poll(0):
                 self._timer = self._agent.loop.call_later(_RETRY_SECONDS, self._pass_on)
                 if len(self._pending) > _BACKLOG:
                     self._stop_reading()
@@ -363,8 +380,9 @@ class _Stream:
 
     def tail(self) -> str:
         """Return the last lines, with all that the dead process has written."""
-        while not self._ended and self._read():
-            pass
+        for _ in range(_PIPE // _PIECE + 1):  # a child of its own may go on writing for ever
+            if self._ended or not self._read():
+                break
         if self._source >= 0:
             self._pass_on(late=True)
         return self._kept.decode(errors="replace")
@@ -386,6 +404,14 @@ def _leave(folder: str) -> NoReturn:
             break
         time.sleep(0.01)
     os._exit(0)
+
+
+def _raise_limit() -> tuple[int, int]:
+    """Let the agent open as many files as it may: three for each process. Return what was."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
 
 
 def _thread_count() -> int:

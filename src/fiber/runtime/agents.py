@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -186,8 +187,6 @@ class Agent:
         self._keys += 1
         child = Child(self, self._keys, name)
         if self.error is not None:
-            for fd in fds:
-                os.close(fd)
             child._end(None, error=self.error)
         else:
             self._children[child.key] = child
@@ -260,9 +259,6 @@ class Agent:
             self._link.flush()
             self._link.close()
         self.ready.set()
-        for _, _, fds in self._early:
-            for fd in fds:
-                os.close(fd)
         self._early.clear()
         children, self._children = self._children, {}
         for child in children.values():
@@ -282,22 +278,28 @@ class Agent:
             if monotonic() > deadline:
                 self.backend.kill(self.job)
                 return
-            _wait(pause)
+            time.sleep(pause)
             pause = min(2 * pause, 0.02)
 
 
-def _wait(seconds: float) -> None:
-    import select
-
-    select.select([], [], [], seconds)
+_null: list[int] = []
 
 
 def standard_streams() -> list[int]:
-    """Return duplicates of this process's standard output and error, for a child to use."""
-    fds: list[int] = []
-    for fd in (1, 2):
-        try:
-            fds.append(os.dup(fd))
-        except OSError:
-            fds.append(os.open(os.devnull, os.O_WRONLY))
-    return fds
+    """Return the descriptors of this process's standard output and error, as a child shall use."""
+    return [fd if _is_open(fd) else _null_device() for fd in (1, 2)]
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _null_device() -> int:
+    """Return a descriptor for what a closed stream is replaced with; opened once."""
+    if not _null:
+        _null.append(os.open(os.devnull, os.O_WRONLY))
+    return _null[0]

@@ -12,6 +12,7 @@ import faulthandler
 import importlib
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -60,6 +61,9 @@ def run(
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != facts["agent"]:
             return 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, facts["limit"])
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()  # as CPython does for `random`: or all would be alike
     for number, fd in enumerate(fds, 1):
         os.dup2(fd, number)
         os.close(fd)

@@ -118,7 +118,8 @@ class Loop:
         self._swept_at = 64  # how many timers there may be before the cancelled ones are dropped
         self._unsent: list[Link] = []
         self._deferral = Deferral(self._interrupt)
-        self._leader: int | None = None  # identity of the thread
+        self._holder: int | None = None  # identity of the thread that has the lock
+        self._leader: int | None = None  # that of the one that leads
         self._background_leads = False
         self._led = 0  # how often a waiting thread began to lead
         self._polling = False
@@ -135,8 +136,14 @@ class Loop:
     # From outside ------------------------------------------------------------------------------
 
     def __enter__(self) -> Loop:
+        if self.held:
+            raise RuntimeError(
+                "Fiber was used by code that Fiber itself is running, such as a finalizer or a "
+                "method that pickles"
+            )
         self._deferral.enter()
         self._lock.acquire()
+        self._holder = threading.get_ident()
         return self
 
     def __exit__(
@@ -151,8 +158,14 @@ class Loop:
                 self._parked = False
                 self._bell.release()
         finally:
+            self._holder = None
             self._lock.release()
             self._deferral.leave()
+
+    @property
+    def held(self) -> bool:
+        """Whether this very thread is within the loop."""
+        return self._holder == threading.get_ident()
 
     def wait(self, event: Event, timeout: float | None = None) -> bool:
         """Wait until `event` is set, at most `timeout` seconds; return whether it is set.
@@ -249,7 +262,7 @@ class Loop:
             os.dup2(null, fd, inheritable=False)
         os.close(null)
         self._lock = threading.Lock()  # a thread that is not here may have held it
-        self._leader = None
+        self._holder = self._leader = None
         self.closed = True
         self.abandon()
 
@@ -334,11 +347,13 @@ class Loop:
         if self._background_leads:
             self._kick()
         self._flush()
+        self._holder = None
         self._lock.release()
         try:
             sleeper.sleep(timeout)
         finally:
             self._lock.acquire()
+            self._holder = threading.get_ident()
             if self._main_sleeper is sleeper:
                 self._main_sleeper = None
             self._sleepers.remove(sleeper)
@@ -353,11 +368,13 @@ class Loop:
             due = max(0.0, self._timers[0][0] - monotonic())
             timeout = due if timeout is None else min(timeout, due)
         self._polling = True
+        holder, self._holder = self._holder, None
         self._lock.release()
         try:
             ready = self._poller.wait(timeout)
         finally:
             self._lock.acquire()
+            self._holder = holder
             self._polling = False
         try:
             for handler, events in ready:
@@ -388,7 +405,7 @@ class Loop:
     def _run_background(self) -> None:
         seen = -1
         while True:
-            with self._lock:
+            with self:
                 if self.closed or self._failure is not None:
                     return
                 if self._leader is None and self._led == seen and not self._sleepers:
@@ -459,8 +476,6 @@ class Link:
     def post(self, kind: int, body: bytes, buffers: Any = (), fds: Any = ()) -> None:
         """Send a frame at the end of this turn; into the void if the peer is gone."""
         if self._broken or self.lost:
-            for fd in fds:
-                os.close(fd)
             return
         self.channel.post(kind, body, buffers, fds)
         self._loop.send_soon(self)

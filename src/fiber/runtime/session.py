@@ -105,7 +105,7 @@ class Session:
         preparation = {
             "sys_path": list(sys.path),
             "argv": list(sys.argv),
-            "cwd": os.getcwd(),
+            "cwd": _current_folder(),
             "main": main.describe(),
             "modules": sorted(name for name in sys.modules if name.startswith("fiber.")),
             "key": (backend, cpu),
@@ -138,7 +138,7 @@ class Session:
         """
         request = {
             "environment": {**environment(cpu), **(extra_environment or {})},
-            "cwd": os.getcwd(),
+            "cwd": _current_folder(),
             "sys_path": list(sys.path),
             "argv": list(sys.argv),
             "config": config.as_dict(),
@@ -177,6 +177,14 @@ def environment(cpu: int) -> dict[str, str]:
     return {**os.environ, **thread_environment(cpu, os.environ)}
 
 
+def _current_folder() -> str:
+    """Return the current folder, "" if it was removed: no reason to fail."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 def _ignores_interrupt() -> bool:
     """Whether this process was told to ignore Ctrl-C, as programs in the background are."""
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -213,7 +221,10 @@ def sweep() -> None:
     import tempfile
 
     for base in {tempfile.gettempdir(), "/tmp"}:
-        for name in os.listdir(base):
+        names: list[str] = []
+        with contextlib.suppress(OSError):  # it may be for writing only
+            names = os.listdir(base)
+        for name in names:
             if name.startswith(_PREFIX):
                 folder = os.path.join(base, name)
                 with contextlib.suppress(OSError):
@@ -223,7 +234,10 @@ def sweep() -> None:
 
 def is_abandoned(folder: str) -> bool:
     """Whether no master holds the lock of the session in `folder`."""
-    about = os.lstat(folder)
+    try:
+        about = os.lstat(folder)
+    except FileNotFoundError:
+        return False
     # In a folder that all may write to, somebody else could have put a link of that name.
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         return False

@@ -41,7 +41,7 @@ class Channel:
     def post(
         self, kind: int, body: Buffer, buffers: Sequence[Buffer] = (), fds: Sequence[int] = ()
     ) -> None:
-        """Put a frame into the outbox; `fds` (Unix sockets only) travel with its first bytes."""
+        """Put a frame into the outbox; `fds` (Unix sockets only) are sent with its first bytes."""
         first, *others = encode(kind, body, buffers)
         self._outbox.append((first, fds))
         for piece in others:
@@ -67,13 +67,9 @@ class Channel:
                 return False
             while outbox and sent >= len(outbox[0][0]):
                 sent -= len(outbox[0][0])
-                for fd in outbox.popleft()[1]:
-                    os.close(fd)
+                outbox.popleft()
             if sent:
-                outbox[0] = (memoryview(outbox[0][0])[sent:], outbox[0][1] if not fds else ())
-                if fds:
-                    for fd in fds:
-                        os.close(fd)
+                outbox[0] = (memoryview(outbox[0][0])[sent:], ())
         return True
 
     def _pieces(self) -> list[Buffer]:
@@ -101,8 +97,6 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took."""
-        for _, fds in self._outbox:
-            self.fds.extend(fds)
         self._outbox.clear()
         while self.fds:
             os.close(self.fds.popleft())

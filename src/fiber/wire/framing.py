@@ -18,8 +18,8 @@ __all__ = ["MAX_BUFFERS", "MAX_SIZE", "Buffer", "Frame", "FrameError", "FrameRea
 
 Buffer = bytes | bytearray | memoryview
 
-HEADER = struct.Struct("!BxHxxxxQ")
-MAX_BUFFERS = 0xFFFF
+HEADER = struct.Struct("!BxxxIQ")
+MAX_BUFFERS = 1 << 20
 MAX_SIZE = 1 << 38
 """Bytes that one body or buffer may have (256 GiB): more is a damaged header, not a message."""
 
@@ -118,6 +118,8 @@ class FrameReader:
                     continue
                 sizes: tuple[int, ...] = ()
             else:
+                if count > MAX_BUFFERS:
+                    raise FrameError(f"a frame of {count} buffers is more than {MAX_BUFFERS}")
                 if end - at < 16 + 8 * count:
                     break
                 sizes = struct.unpack_from(f"!{count}Q", data, at + 16)

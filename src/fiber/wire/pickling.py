@@ -17,7 +17,8 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from fiber.errors import SerializationError
@@ -27,7 +28,10 @@ __all__ = ["Packed", "dumps", "is_plain", "loads", "reason"]
 
 PROTOCOL = 5
 
-_PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
+PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
+"""Types of values that cannot change, and that always can be pickled and unpickled."""
+
+_IN_BAND = 1 << 12  # bytes: a smaller buffer is cheaper to copy than to keep apart
 
 
 class Packed(NamedTuple):
@@ -39,9 +43,12 @@ class Packed(NamedTuple):
     """Whether functions and classes went by their names."""
 
 
-def is_plain(values: Iterable[object]) -> bool:
-    """Whether all are numbers, strings or None: what always can be pickled and unpickled."""
-    return _PLAIN.issuperset(map(type, values))
+def is_plain(values: Sequence[object]) -> bool:
+    """Whether all are numbers, strings or None, or all are tuples of these."""
+    kinds = set(map(type, values))
+    if kinds == {tuple}:  # as arguments of starmap are
+        kinds = set(map(type, chain.from_iterable(values)))  # type: ignore[arg-type]
+    return kinds <= PLAIN
 
 
 def dumps(obj: object, known: Container[str] | None = None) -> Packed:
@@ -55,18 +62,26 @@ def dumps(obj: object, known: Container[str] | None = None) -> Packed:
     Raises:
         SerializationError: it cannot be pickled; the message says what and why.
     """
-    buffers: list[pickle.PickleBuffer] = []
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        """Say whether it goes in band."""
+        raw = buffer.raw()
+        if raw.nbytes < _IN_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
     if known is None:
         try:
-            data = pickle.dumps(obj, PROTOCOL, buffer_callback=buffers.append)
-            return Packed(data, [b.raw() for b in buffers] if buffers else ())
+            return Packed(pickle.dumps(obj, PROTOCOL, buffer_callback=keep), buffers)
         except Exception:
             buffers.clear()  # what cannot go by name may still go by value
     try:
-        data = _dumps_by_value(obj, known, buffers.append)
+        data = _dumps_by_value(obj, known, keep)
     except Exception as error:
         raise SerializationError(reason(error)) from error
-    return Packed(data, [b.raw() for b in buffers] if buffers else (), by_name=False)
+    return Packed(data, buffers, by_name=False)
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
@@ -76,7 +91,10 @@ def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
 
 def reason(error: BaseException) -> str:
     """Return the words of `error`, with its type where they do not tell."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
