@@ -24,6 +24,7 @@ PUBLIC = {
     "FiberContext",
     "FiberError",
     "PoolBroken",
+    "PoolClosed",
     "PoolError",
     "PoolTerminated",
     "RemoteError",

@@ -76,6 +76,7 @@ class LocalProcess(_process.Process):
 
 
 _CLASSES: dict[str, type[_process.Process]] = {"local": LocalProcess}
+_START_METHODS = (None, "spawn", "fork", "forkserver")
 _contexts: dict[str | None, FiberContext] = {}
 
 
@@ -83,13 +84,13 @@ def get_context(method: str | None = None) -> FiberContext:
     """Return the context of a backend.
 
     Args:
-        method: a backend's name; None or "spawn", for programs that pass what multiprocessing
-            wants, for the configured one.
+        method: a backend's name; None, or one of multiprocessing's start methods for programs that
+            pass one, for the configured backend.
 
     Raises:
         ValueError: there is no such backend.
     """
-    name = None if method in (None, "spawn") else registry.check(str(method))
+    name = None if method in _START_METHODS else registry.check(str(method))
     if name not in _contexts:
         _contexts[name] = FiberContext(name)
     return _contexts[name]

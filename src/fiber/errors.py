@@ -5,6 +5,7 @@
     ├── StartError (ProcessError)       a process, or the job it should live in, did not start
     ├── PoolError                       the pool itself cannot go on
     │   ├── PoolBroken                  its workers keep dying before they are ready
+    │   ├── PoolClosed (ValueError)     it was closed, and takes no more calls
     │   └── PoolTerminated              it was terminated while results were awaited
     ├── WorkerDied                      a task's worker died, more often than it may be retried
     ├── TaskTimeout (TimeoutError)      a task took longer than its time-out
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigError",
     "FiberError",
     "PoolBroken",
+    "PoolClosed",
     "PoolError",
     "PoolTerminated",
     "ProcessError",
@@ -67,6 +69,10 @@ class PoolError(FiberError):
 
 class PoolBroken(PoolError):
     """The workers of a pool keep dying before they are ready."""
+
+
+class PoolClosed(PoolError, ValueError):
+    """The pool was closed, and takes no more calls; a ValueError, as multiprocessing's."""
 
 
 class PoolTerminated(PoolError):

@@ -9,7 +9,7 @@ from fiber.backends.base import Backend
 from fiber.config import config
 from fiber.errors import ConfigError
 
-__all__ = ["NAMES", "chosen", "get"]
+__all__ = ["NAMES", "check", "chosen", "get"]
 
 NAMES = ("local",)
 

@@ -11,6 +11,7 @@ exceptions in their places by `return_exceptions`, and `stats`.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import warnings
@@ -83,10 +84,10 @@ class Pool:
         self._master: Master | None = None
         if processes is None:
             processes = cpu_count()
-        _check_integer("processes", processes, 1)
+        processes = _integer("processes", processes, 1)
         if maxtasksperchild is not None:
-            _check_integer("maxtasksperchild", maxtasksperchild, 1)
-        _check_limits(retries, timeout)
+            maxtasksperchild = _integer("maxtasksperchild", maxtasksperchild, 1)
+        retries, timeout = _limits(retries, timeout)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         backend = getattr(context, "backend", None) or registry.chosen()
@@ -444,24 +445,27 @@ threading._register_atexit(_terminate_if_interrupted)  # type: ignore[attr-defin
 
 def _options(chunksize: int | None, retries: int | None, timeout: float | None) -> Options:
     """Check what a method was given."""
-    if chunksize is not None:
-        _check_integer("chunksize", chunksize, 1)
-    _check_limits(retries, timeout)
-    return Options(min(chunksize or 1, _MAX_CHUNK), retries, timeout)
+    chunk = 1 if chunksize is None else min(_integer("chunksize", chunksize, 1), _MAX_CHUNK)
+    return Options(chunk, *_limits(retries, timeout))
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _integer(name: str, value: object, least: int) -> int:
+    """Return a whole number, of numpy's too."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    return number
 
 
-def _check_limits(retries: int | None, timeout: float | None) -> None:
+def _limits(retries: int | None, timeout: float | None) -> tuple[int | None, float | None]:
     if retries is not None:
-        _check_integer("retries", retries, 0)
+        retries = _integer("retries", retries, 0)
     if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        if isinstance(timeout, bool) or not hasattr(timeout, "__float__"):
             raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+        timeout = float(timeout)
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, not {timeout}")
+    return retries, timeout

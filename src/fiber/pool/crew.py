@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple, Protocol
 
 from fiber.config import config
@@ -68,6 +68,8 @@ class Worker:
         self.link: Link | None = None
         self.up = False
         self.stopping = False
+        self.item_timer: Timer | None = None
+        """What ends it when its item takes too long."""
         self._timers: list[Timer] = []
 
     def post(self, kind: int, body: bytes, buffers: Any = ()) -> None:
@@ -85,14 +87,20 @@ class Worker:
         self.child.signal(signal.SIGKILL)
 
     def set_timer(self, timer: Timer) -> None:
-        """Have `timer` cancelled by the next `cancel_timers`, or when the worker ends."""
+        """Have `timer` cancelled when the worker is up, or ends."""
         self._timers.append(timer)
 
     def cancel_timers(self) -> None:
         """Cancel what was to happen to it."""
         for timer in self._timers:
             timer.cancel()
+        self.cancel_item_timer()
         self._timers.clear()
+
+    def cancel_item_timer(self) -> None:
+        """Its item is done in time."""
+        if self.item_timer is not None:
+            self.item_timer.cancel()
 
     def describe_end(self) -> str:
         """Say how it ended."""
@@ -169,7 +177,7 @@ class Crew:
             self._initialization = dumps(pair, self.known_names)
 
     @property
-    def known_names(self) -> Any:
+    def known_names(self) -> Container[str] | None:
         """What `wire.pickling.dumps` has to know of the workers' main module."""
         return main.missing(self._agent.names)
 
@@ -229,6 +237,8 @@ class Crew:
     def _on_frame(self, worker: Worker, frame: Frame) -> None:
         if frame.kind == protocol.UP:
             logger.debug("%s is up", worker.child.name)
+            if worker.stopping:  # it was told to end while it started
+                return
             worker.cancel_timers()
             worker.up = True
             self._boot_failures = 0
@@ -302,10 +312,14 @@ _FRAME = re.compile(r'  File ".*/(fiber/(pool|runtime|process)|multiprocessing/p
 def _tell(stderr: str) -> list[str]:
     """Return the last lines of a dead worker, without those that are of no use to its user."""
     lines: list[str] = []
-    times = 1
+    times, ours = 1, False
     for line in stderr.splitlines():
         if _FRAME.match(line) or line.startswith(('  File "<', "Extension modules:")):
+            ours = True
             continue
+        if ours and line.startswith("    "):  # the source of such a line
+            continue
+        ours = False
         if lines and line == lines[-1]:
             times += 1
             continue

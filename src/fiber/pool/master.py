@@ -19,7 +19,14 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from fiber.config import config
-from fiber.errors import PoolError, PoolTerminated, SerializationError, TaskTimeout, WorkerDied
+from fiber.errors import (
+    PoolClosed,
+    PoolError,
+    PoolTerminated,
+    SerializationError,
+    TaskTimeout,
+    WorkerDied,
+)
 from fiber.pool import protocol
 from fiber.pool.calls import Call, Options, Sink, name_of
 from fiber.pool.crew import Crew, Settings, Worker
@@ -68,10 +75,6 @@ class _Reference(weakref.ref[IMapUnorderedIterator]):
     """
 
     call = 0
-
-
-class PoolClosed(PoolError, ValueError):
-    """The pool takes no more calls; a ValueError, as multiprocessing's."""
 
 
 class Master:
@@ -309,7 +312,7 @@ class Master:
         worker.post(protocol.BATCH, head + function + data, [*function_buffers, *buffers])
         if call.timeout is not None:
             when = monotonic() + call.timeout
-            worker.set_timer(self.loop.call_at(when, lambda: self._expire(batch, call)))
+            worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
 
     def _expire(self, batch: Batch, call: Call) -> None:
         """An item took too long: it fails, and its worker is ended."""
@@ -436,7 +439,7 @@ class Master:
                     errors[place].__cause__ = error
                     values.append(None)
         if call.timeout is not None:
-            worker.cancel_timers()
+            worker.cancel_item_timer()
         self._deliver(call, settled[1], values, errors)
 
     def _on_unloadable(self, worker: Worker, frame: Frame) -> None:

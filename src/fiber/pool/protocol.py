@@ -35,6 +35,7 @@ __all__ = [
     "BatchHead",
     "decode_exception",
     "encode_exception",
+    "split",
 ]
 
 INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)

@@ -27,7 +27,7 @@ Errors = Mapping[int, BaseException]
 
 
 class AsyncResult:
-    """The result of `apply_async`, as multiprocessing's.
+    """The result of a call that goes on: of one function here, of a `map` in `MapResult`.
 
     Args:
         loop: of the session.
@@ -63,6 +63,8 @@ class AsyncResult:
         """All items are delivered."""
         self._owner = None
         callback = self._callback if self._error is None else self._error_callback
+        if isinstance(self._error, SystemExit):
+            callback = None  # the program ends: nobody is left to be told
         if callback is None:
             self._event.set()
             return
@@ -110,9 +112,6 @@ class AsyncResult:
         if self._error is not None:
             raise self._error
         return self._value
-
-
-ApplyResult = AsyncResult
 
 
 class MapResult(AsyncResult):

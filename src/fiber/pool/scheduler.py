@@ -174,7 +174,7 @@ Action = Send | Fail | Finish | Retire
 
 
 class Scheduler:
-    """See the module. Every method returns nothing; `actions` hands out what is to be done."""
+    """See the module. Events change it; `actions` hands out what is to be done."""
 
     def __init__(self) -> None:
         self._calls: dict[int, Call] = {}  # unfinished
@@ -558,8 +558,6 @@ class Scheduler:
         found.batches.append(batch)
         self._actions.append(Send(batch))
         self._offer(found)
-
-    # For tests ---------------------------------------------------------------------------------
 
     def assigned(self) -> Iterator[Batch]:
         """Yield every batch that is at a worker."""

@@ -13,6 +13,7 @@ in the socket, so that others can run it.
 
 from __future__ import annotations
 
+import os
 import pickle
 import select
 import threading
@@ -87,21 +88,20 @@ def _pickle(value: object, last: bool) -> _Pickled:
 class _Job:
     """A batch while it is run."""
 
-    def __init__(
-        self, id: int, how: int, function: Callable[..., Any], items: deque[Any], chunk: int
-    ) -> None:
-        self.id = id
-        self.how = how
+    def __init__(self, head: BatchHead, function: Callable[..., Any], items: deque[Any]) -> None:
+        self.id = head.batch
+        self.how = head.how
+        self.careful = head.careful
+        self.chunk = head.chunk
         self.function = function
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
         self.size = len(items)
-        self.careful = False
-        self.chunk = chunk
         self.values: list[Any] = []
         self.errors: dict[int, tuple[bytes, str]] = {}
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
         self.began = time.perf_counter()
+        self._pid = os.getpid()
 
     def results(self) -> Iterator[Any]:
         """Run the items that were not begun, one at each step; an exception ends the iterator."""
@@ -117,6 +117,8 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         """The item after the last value raised `error`."""
+        if os.getpid() != self._pid:
+            os._exit(1)  # a fork that the task made has come to its end
         ours = 3  # frames of the traceback: the caller of the generators, and the generators
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
             error, ours = error.__cause__, 1  # a generator makes the one of the other
@@ -195,10 +197,9 @@ class Worker:
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
             return
-        job = _Job(head.batch, head.how, function, items, head.chunk)
+        job = _Job(head, function, items)
         self._begin(job)
-        if head.careful:
-            job.careful = True
+        if job.careful:
             self._run_carefully(job)
         else:
             self._run_all(job)

@@ -7,5 +7,7 @@ agents     the parent's side of an agent: starts processes through it and hears 
 agent      the program of a job: a warm template that forks processes on request
 child      what a started process does before the user's code and after it
 main       how the user's `__main__` comes to be in another process
+poller     waits for sockets, with a little patience before sleeping
+logs       what Fiber logs, as the configuration asks for it
 signals    keeps a Ctrl-C out of code that must not stop half-way
 """

@@ -236,7 +236,6 @@ class Agent:
         if not self.ready.is_set:
             return  # its job will tell why: see `look` in `submit`
         self._fail("ended unexpectedly")
-        self._reap()
 
     def _reap(self) -> None:
         """Collect the job as soon as it has ended, so that nobody sees a zombie."""
@@ -260,6 +259,8 @@ class Agent:
             self._link.close()
         self.ready.set()
         self._early.clear()
+        if not self._loop.closed:
+            self._reap()
         children, self._children = self._children, {}
         for child in children.values():
             child._end(-9, error=self.error)
@@ -269,7 +270,7 @@ class Agent:
         self._fail("was closed")
 
     def collect(self) -> None:
-        """Wait, without the loop, until its job has ended; kill it if that takes too long."""
+        """Wait, outside the loop, until its job has ended; kill it if that takes too long."""
         if self.job is None or self.backend is None:
             return
         deadline = monotonic() + 3

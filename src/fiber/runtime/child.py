@@ -132,7 +132,7 @@ def start_fresh(
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     program = (
-        f"import sys; sys.path.append({package!r}); "
+        f"import sys; sys.path = [*filter(None, sys.path), {package!r}]; "
         f"from fiber.runtime.child import run_fresh; run_fresh({theirs.fileno()})"
     )
     popen = subprocess.Popen(

@@ -33,6 +33,7 @@ HELLO = 1
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 MAX_HANDSHAKES = 256
 _MAX_REASONS = 12
+_PAUSE = 0.1  # seconds
 
 _CLOSED = "it closed the connection before it said who it is"  # as a worker does that is killed
 
@@ -88,8 +89,10 @@ class Endpoint:
                 sock, _ = self._sock.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # out of descriptors, or the caller is gone again
+            except OSError as error:  # out of descriptors: it stays in the queue, so wait a little
                 self._refuse(f"it could not be accepted: {error.strerror}")
+                self._loop.modify(self._sock.fileno(), 0)
+                self._loop.call_later(_PAUSE, self._listen_again)
                 return
             if len(self._strangers) >= MAX_HANDSHAKES:
                 oldest = next(iter(self._strangers))
@@ -97,6 +100,10 @@ class Endpoint:
             caller = _Caller(self, sock)
             self._strangers[caller] = None
             caller.greet()
+
+    def _listen_again(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.modify(self._sock.fileno(), READ)
 
     def _refuse(self, reason: str) -> None:
         """Say once for each reason that somebody was refused; more of the same is for debugging."""

@@ -11,6 +11,7 @@ import os
 import sys
 
 from fiber.config import config
+from fiber.errors import ConfigError
 
 __all__ = ["configure", "logger"]
 
@@ -29,12 +30,16 @@ def configure(*, child: bool = False) -> None:
         _handler.close()
         _handler = None
     level = logging.DEBUG if config.debug else config.log_level
-    logger.setLevel(level)
+    if level != logging.WARNING:  # the default: then it is the program's to set
+        logger.setLevel(level)
     if config.log_file == "stdout":
         _handler = logging.StreamHandler(sys.stdout)
     elif config.log_file is not None:
         path = f"{config.log_file}.{os.getpid()}" if child else config.log_file
-        _handler = logging.FileHandler(path)
+        try:
+            _handler = logging.FileHandler(path)
+        except OSError as error:
+            raise ConfigError(f"log_file {path!r} cannot be written: {error.strerror}") from error
     elif level < logging.WARNING and not logger.hasHandlers():
         _handler = logging.StreamHandler()
     if _handler is not None:

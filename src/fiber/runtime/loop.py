@@ -163,6 +163,11 @@ class Loop:
             self._deferral.leave()
 
     @property
+    def failed(self) -> bool:
+        """Whether a defect has ended it."""
+        return self._failure is not None
+
+    @property
     def held(self) -> bool:
         """Whether this very thread is within the loop."""
         return self._holder == threading.get_ident()
@@ -367,17 +372,8 @@ class Loop:
         elif self._timers:
             due = max(0.0, self._timers[0][0] - monotonic())
             timeout = due if timeout is None else min(timeout, due)
-        self._polling = True
-        holder, self._holder = self._holder, None
-        self._lock.release()
         try:
-            ready = self._poller.wait(timeout)
-        finally:
-            self._lock.acquire()
-            self._holder = holder
-            self._polling = False
-        try:
-            for handler, events in ready:
+            for handler, events in self._poll(timeout):
                 handler(events)
             while self._calls:
                 self._calls.popleft()()
@@ -390,6 +386,18 @@ class Loop:
             for sleeper in self._sleepers:
                 sleeper.wake()
             raise
+
+    def _poll(self, timeout: float | None) -> list[tuple[Callable[[int], Any], int]]:
+        """Wait until something is ready; this alone is done without the lock."""
+        self._polling = True
+        holder, self._holder = self._holder, None
+        self._lock.release()
+        try:
+            return self._poller.wait(timeout)
+        finally:
+            self._lock.acquire()
+            self._holder = holder
+            self._polling = False
 
     def _run_timers(self) -> None:
         now = monotonic()

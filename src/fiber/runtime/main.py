@@ -88,20 +88,20 @@ def check_loaded() -> None:
         raise _Unguarded
 
 
-_compared: tuple[int, int, bool] = (0, 0, False)
+_compared: tuple[frozenset[str], int, bool] = (frozenset(), -1, False)
 
 
 def missing(names: frozenset[str]) -> Container[str] | None:
     """Return None if `names` are all of our `__main__` that can travel by name, else `names`."""
     global _compared
     main: dict[str, Any] = sys.modules["__main__"].__dict__
-    identity, size, lacks = _compared
-    if identity != id(names) or size != len(main):
+    compared, size, lacks = _compared
+    if compared is not names or size != len(main):
         lacks = any(
             name not in names
             for name, value in list(main.items())
             if isinstance(value, (types.FunctionType, type))
             and value.__module__ in ("__main__", "__mp_main__")
         )
-        _compared = (id(names), len(main), lacks)
+        _compared = (names, len(main), lacks)
     return names if lacks else None

@@ -23,6 +23,7 @@ WRITE = selectors.EVENT_WRITE
 Handler = Callable[[int], Any]
 
 _SECONDS = 100e-6  # of looking before sleeping
+_LONGEST = 86400.0  # seconds: epoll counts milliseconds in an int, and who waits asks again
 _EVENTS = 256  # that one call returns at the most
 
 
@@ -85,8 +86,10 @@ class Poller:
 
     def wait(self, timeout: float | None) -> list[tuple[Handler, int]]:
         """Return handlers and events of what is ready, after `timeout` seconds at the most."""
-        if timeout is not None and timeout <= _SECONDS:
-            return self._poll(timeout)
+        if timeout is not None:
+            if timeout <= _SECONDS:
+                return self._poll(timeout)
+            timeout = min(timeout, _LONGEST)
         patience = self._patience
         patience.begin()
         ready: list[tuple[Handler, int]] = []

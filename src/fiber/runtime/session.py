@@ -79,8 +79,6 @@ class Session:
             return Agent.failed(self.loop, "the session has ended")
         agent = self._agents.get(key)
         if agent is None or not agent.usable:
-            if agent is not None:
-                agent.collect()
             agent = self._agents[key] = self._submit(backend, cpu)
         return agent
 
@@ -89,7 +87,8 @@ class Session:
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         flags = _util._args_from_interpreter_flags()  # type: ignore[attr-defined]
         program = (
-            f"import sys; sys.path.append({package!r}); "
+            # The folder that the program happens to be started in shall not hide modules.
+            f"import sys; sys.path = [*filter(None, sys.path), {package!r}]; "
             "from fiber.runtime.agent import main; main()"
         )
         spec = JobSpec(
@@ -265,11 +264,11 @@ _abandoned: list[Session] = []  # of our parent: not to be finalized here
 def current() -> Session:
     """Return the session of this process, made at its first use."""
     global _current
-    if _current is not None:
+    if _current is not None and not _current.loop.failed:
         return _current
     main.check_loaded()
     with _making:
-        if _current is None:
+        if _current is None or _current.loop.failed:
             # Last of all at exit: multiprocessing's exit function ends and joins children before.
             _util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
             deferral = Deferral(lambda: None)
