@@ -156,12 +156,13 @@ def test_descriptors_arrive_with_their_frame_and_in_order(
     frames = read(theirs, 8)
     assert [frame.kind for frame in frames] == [0, 99, 1, 99, 2, 99, 3, 99]
     assert len(theirs.fds) == 4
-    for number, (read_end, _) in enumerate(made):
+    for number, (read_end, write_end) in enumerate(made):
         fd = theirs.fds.popleft()
         os.write(fd, str(number).encode())
         os.close(fd)
         assert os.read(read_end, 10) == str(number).encode()
-        assert os.read(read_end, 10) == b"", "the sender did not close what it sent"
+        os.close(write_end)  # what is sent stays the sender's
+        assert os.read(read_end, 10) == b""
         os.close(read_end)
 
 
@@ -179,6 +180,7 @@ def test_descriptors_travel_once_though_the_frame_goes_in_parts(
         frames += theirs.read()
     assert len(frames[0].body) == 5_000_000
     assert len(theirs.fds) == 1
+    os.close(write_end)
     os.close(read_end)
 
 
@@ -194,6 +196,8 @@ def test_close_closes_the_descriptors_that_nobody_took(
     read(theirs, 1)
     ours.close()
     theirs.close()
+    os.close(first_write)  # the sender's own
+    os.close(second_write)
     for fd in (first, second):
         assert os.read(fd, 1) == b""  # no writer is left
         os.close(fd)

@@ -96,7 +96,7 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
-        if len(items) == 1 or is_plain(items):
+        if len(items) <= self.chunk or is_plain(items):
             packed = dumps(items, known)
             return packed.data, list(packed.buffers), 1
         groups = [

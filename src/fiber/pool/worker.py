@@ -193,6 +193,8 @@ class Worker:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
             items = _load_items(head, data, frame.buffers[head.function_buffers :])
+            if len(items) != head.items:
+                raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
