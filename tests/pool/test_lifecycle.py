@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -555,3 +556,38 @@ def test_a_pool_in_use_does_not_change_its_workers(monkeypatch: pytest.MonkeyPat
         with pytest.raises(fiber.PoolError, match="another pool"):
             pool.apply(tasks.threads_of_three)
         assert pool.apply(tasks.threads_of_two) == "2"
+
+
+def deaf() -> None:
+    """An initializer that takes its time and does not hear SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.7)
+
+
+def test_terminate_ends_workers_that_start_and_do_not_hear_it() -> None:
+    pool = fiber.Pool(2, deaf)
+    wait_until(lambda: len(pool.pids()) == 2, "two workers have started")
+    pool.terminate()
+    begin = time.monotonic()
+    pool.join()
+    assert time.monotonic() - begin < 5
+    assert pool.pids() == []
+
+
+def test_files_of_the_current_folder_hide_no_modules(
+    run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where one happens to stand is not where modules come from; the program's folder is."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("select.py", "socket.py", "random.py"):
+        (folder / name).write_text("raise ImportError('not this one')")
+    program = """
+import fiber
+
+if __name__ == "__main__":
+    with fiber.Pool(1) as pool:
+        print(pool.apply(abs, (-3,)))
+"""
+    done = run_script(program, cwd=folder)
+    assert done.stdout == "3\n", done.stderr

@@ -61,7 +61,9 @@ class Pool:
         initargs: its arguments.
         maxtasksperchild: items after which a worker is replaced by a fresh one.
         context: of multiprocessing's interface; a Fiber context says which backend to use.
-        retries: how often an item runs again after its worker died; `config.retries` by default.
+        retries: how often an item runs again after it ended its worker; `config.retries` by
+            default. The first death in a batch of several items is charged to none of them; with
+            0 no item runs twice.
         timeout: seconds that an item may take; one that takes longer fails alone, with
             `TaskTimeout`, and its worker is ended.
 
