@@ -136,9 +136,7 @@ class Worker:
         self._arrived.register(channel.fileno(), select.POLLIN)
         self._patience = Patience()
         self._functions: dict[int, Callable[..., Any]] = {}
-        self._unloaded: dict[
-            int, tuple[bytes, Sequence[Buffer]]
-        ] = {}  # functions, given back unused
+        self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
         self._job: _Job | None = None
         self._batches = 0  # how many were begun
         self._lock = threading.Lock()  # sending, the inbox, and the end of a job
@@ -172,7 +170,7 @@ class Worker:
         return self._inbox.popleft()
 
     def _send(self, kind: int, body: object, buffers: list[Buffer] | tuple[()] = ()) -> None:
-        self._channel.send(kind, pickle.dumps(body, 5), buffers)
+        self._channel.send(kind, pickle.dumps(body, PROTOCOL), buffers)
 
     def _initialize(self, frame: Frame) -> bool:
         try:
@@ -214,7 +212,7 @@ class Worker:
             packed = self._unloaded.pop(head.call)
         else:
             return self._functions[head.call]
-        function: Callable[..., Any] = loads(*packed)
+        function: Callable[..., Any] = loads(packed.data, packed.buffers)
         if head.how != APPLY:
             self._functions[head.call] = function
         return function
@@ -341,9 +339,9 @@ def _load_items(head: BatchHead, data: Buffer, buffers: Sequence[Buffer]) -> deq
     return items
 
 
-def _packed_function(head: BatchHead, frame: Frame) -> tuple[bytes, Sequence[Buffer]]:
-    stop = BATCH_HEAD.size + head.function_size
-    return bytes(frame.body[BATCH_HEAD.size : stop]), frame.buffers[: head.function_buffers]
+def _packed_function(head: BatchHead, frame: Frame) -> Packed:
+    data = bytes(frame.body[BATCH_HEAD.size : BATCH_HEAD.size + head.function_size])
+    return Packed(data, frame.buffers[: head.function_buffers])
 
 
 def _drain(items: deque[Any]) -> Iterator[Any]:
