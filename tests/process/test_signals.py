@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 import psutil
 import pytest
+
+import fiber
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -83,3 +86,13 @@ def test_children_of_a_program_that_ignores_ctrl_c_ignore_it_as_well(start_scrip
     assert program.stdout.readline().strip() == "works"
     os.killpg(program.pid, signal.SIGINT)
     assert finish(program) == "exit code 0\n"
+
+
+def test_a_signal_that_comes_with_the_start_is_not_lost() -> None:
+    """It reaches the child in the moment of its fork, when it is not itself yet."""
+    for number in range(60):
+        process = fiber.Process(target=time.sleep, args=(60,))
+        process.start()
+        (process.terminate, process.kill)[number % 2]()
+        process.join(20)
+        assert process.exitcode == -(signal.SIGTERM, signal.SIGKILL)[number % 2]

@@ -190,6 +190,9 @@ class Agent:
                     stderr = _Stream(self, read_end, os.dup(fds[1]))
                     fds = [fds[0], write_end]
                 if self.forks:
+                    # What comes before the child has its own handlers waits until it has them.
+                    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                    stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
                     pid = os.fork()
                     if pid == 0:
                         ours.close()

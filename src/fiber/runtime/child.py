@@ -71,6 +71,8 @@ def run(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the agent's; no handler of the user's
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The agent blocked these for the moment of the fork.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGALRM))
     if os.environ != request["environment"]:
         os.environ.clear()
         os.environ.update(request["environment"])
