@@ -17,7 +17,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import util as _util
 from types import FunctionType, TracebackType
 from typing import Any
 
@@ -106,7 +105,9 @@ class Pool:
         _masters.add(master)
         # At exit before multiprocessing joins processes; it holds the master and not the pool, so
         # that a pool which is dropped can be collected.
-        self._finalizer = _util.Finalize(None, _terminate_at_exit, args=(master,), exitpriority=15)
+        from multiprocessing import util  # not needed to import Fiber, and slow
+
+        self._finalizer = util.Finalize(None, _terminate_at_exit, args=(master,), exitpriority=15)
 
     # Calls that wait ---------------------------------------------------------------------------
 

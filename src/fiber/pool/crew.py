@@ -26,7 +26,7 @@ from fiber.process import gpus_of, pickle_process
 from fiber.resources import Resources
 from fiber.runtime import main, session
 from fiber.runtime.agents import Child
-from fiber.runtime.logs import logger
+from fiber.runtime.logs import DEBUG, INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Timer
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads
@@ -223,7 +223,7 @@ class Crew:
 
     def _too_late(self, worker: Worker) -> None:
         if worker.link is None:
-            logger.warning("%s did not connect in time and is ended", worker.child.name)
+            log(WARNING, "%s did not connect in time and is ended", worker.child.name)
             worker.kill()
 
     def _arrived(self, worker: Worker, link: Link) -> None:
@@ -236,7 +236,7 @@ class Crew:
 
     def _on_frame(self, worker: Worker, frame: Frame) -> None:
         if frame.kind == protocol.UP:
-            logger.debug("%s is up", worker.child.name)
+            log(DEBUG, "%s is up", worker.child.name)
             if worker.stopping:  # it was told to end while it started
                 return
             worker.cancel_timers()
@@ -262,7 +262,7 @@ class Crew:
         worker.cancel_timers()
         if not worker.stopping:
             self.died += 1
-            logger.info("%s", worker.describe_end())
+            log(INFO, "%s", worker.describe_end())
             self._boot_failures = 0 if worker.up else self._boot_failures + 1
         if worker.up:
             worker.up = False

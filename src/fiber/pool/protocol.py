@@ -11,7 +11,6 @@ costs its own item and nothing else.
 from __future__ import annotations
 
 import struct
-import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +81,8 @@ def encode_exception(error: BaseException, skip: int = 1) -> tuple[bytes, str]:
         error: as it was caught.
         skip: how many of the traceback's outermost frames are Fiber's own.
     """
+    import traceback  # only failures need it
+
     frames = error.__traceback__
     for _ in range(skip):
         frames = frames.tb_next if frames is not None else None

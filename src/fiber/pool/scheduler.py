@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 __all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
 
-BATCH_SECONDS = 0.004
+BATCH_SECONDS = 0.01
 """Seconds of work that a batch should hold."""
 
 LEAST_SECONDS = 0.0004

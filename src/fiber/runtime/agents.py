@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiber.backends.base import Backend, Job, JobSpec, JobState
 from fiber.errors import StartError
-from fiber.runtime.logs import logger
+from fiber.runtime.logs import DEBUG, log
 from fiber.runtime.loop import Event, Link, Loop, Timer
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -79,7 +79,7 @@ class Child:
     def _end(self, exitcode: int | None, stderr: str = "", error: str | None = None) -> None:
         if self.ended.is_set:
             return
-        logger.debug("process %s has ended: exit code %s %s", self.name, exitcode, error or "")
+        log(DEBUG, "process %s has ended: exit code %s %s", self.name, exitcode, error or "")
         self.exitcode, self.stderr, self.error = exitcode, stderr, error
         self.started.set()
         self.ended.set()
@@ -208,7 +208,7 @@ class Agent:
             if error is not None:
                 self._fail(f"could not load the program's main module:\n{error}")
             else:
-                logger.debug("%s is ready, with %d names of __main__", self.name, len(self.names))
+                log(DEBUG, "%s is ready, with %d names of __main__", self.name, len(self.names))
                 self.ready.set()
                 early, self._early = self._early, []
                 for post in early:
@@ -223,7 +223,7 @@ class Agent:
             return
         if frame.kind == STARTED:
             (child.pid,) = facts
-            logger.debug("process %s has started: process ID %d", child.name, child.pid)
+            log(DEBUG, "process %s has started: process ID %d", child.name, child.pid)
             child.started.set()
         elif frame.kind == FAILED:
             del self._children[key]
@@ -251,7 +251,7 @@ class Agent:
         if self.error is not None:
             return
         self.error = f"{self.name} {error}"
-        logger.debug("%s", self.error)
+        log(DEBUG, "%s", self.error)
         if self._link is not None:
             # Told, the agent need not find out whether this process is gone.
             self._link.post(BYE, b"")

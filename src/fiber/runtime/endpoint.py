@@ -9,7 +9,6 @@ limited in number: when there are too many the oldest goes, for those of our own
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import socket
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fiber.errors import AuthenticationError
-from fiber.runtime.logs import logger
+from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Link, Loop
 from fiber.runtime.poller import READ
 from fiber.wire.auth import ListenerHandshake
@@ -109,10 +108,10 @@ class Endpoint:
         """Say once for each reason that somebody was refused; more of the same is for debugging."""
         # A stranger can make up versions by the thousand: at some point it is enough.
         known = reason in self._told or reason == _CLOSED or len(self._told) >= _MAX_REASONS
-        level = logging.DEBUG if known else logging.WARNING
+        level = DEBUG if known else WARNING
         if not known:
             self._told.add(reason)
-        logger.log(level, "refused a connection to %s: %s", self.address, reason)
+        log(level, "refused a connection to %s: %s", self.address, reason)
 
 
 class _Caller:

@@ -1,36 +1,56 @@
 """Fiber's log, as the configuration asks for it.
 
 Everything goes to the logger `fiber`. Its records are the program's to handle; only where the
-configuration sets `log_level`, `log_file` or `debug` does Fiber add a handler of its own.
+configuration sets `log_level`, `log_file` or `debug` does Fiber add a handler of its own. The
+module `logging` is loaded when there is something to log: it is a good part of the import's time.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
+from typing import Any
 
 from fiber.config import config
 from fiber.errors import ConfigError
 
-__all__ = ["configure", "logger"]
+__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "configure", "log"]
 
-logger = logging.getLogger("fiber")
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
+"""Levels, as those of the logging module."""
 
 _FORMAT = "%(asctime)s %(levelname)s %(processName)s[%(process)d] %(message)s"
 
-_handler: logging.Handler | None = None
+_handler: Any = None
+
+
+def log(level: int, message: str, *args: object) -> None:
+    """Log `message % args`; below warnings that is nothing while nobody has loaded logging."""
+    if level < WARNING and "logging" not in sys.modules:
+        return
+    import logging
+
+    logging.getLogger("fiber").log(level, message, *args)
 
 
 def configure(*, child: bool = False) -> None:
-    """Set up the log of this process; `child` keeps its file apart from that of its parent."""
+    """Set up the log of this process; `child` keeps its file apart from that of its parent.
+
+    Raises:
+        ConfigError: the configured file cannot be written.
+    """
     global _handler
+    level = DEBUG if config.debug else config.log_level
+    if level == WARNING and config.log_file is None and _handler is None:
+        return  # the defaults: then it is the program's to set up
+    import logging
+
+    logger = logging.getLogger("fiber")
     if _handler is not None:
         logger.removeHandler(_handler)
         _handler.close()
         _handler = None
-    level = logging.DEBUG if config.debug else config.log_level
-    if level != logging.WARNING:  # the default: then it is the program's to set
+    if level != WARNING:
         logger.setLevel(level)
     if config.log_file == "stdout":
         _handler = logging.StreamHandler(sys.stdout)
@@ -40,7 +60,7 @@ def configure(*, child: bool = False) -> None:
             _handler = logging.FileHandler(path)
         except OSError as error:
             raise ConfigError(f"log_file {path!r} cannot be written: {error.strerror}") from error
-    elif level < logging.WARNING and not logger.hasHandlers():
+    elif level < WARNING and not logger.hasHandlers():
         _handler = logging.StreamHandler()
     if _handler is not None:
         _handler.setFormatter(logging.Formatter(_FORMAT))

@@ -29,7 +29,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from fiber.runtime.logs import logger
+from fiber.runtime.logs import ERROR, log
 from fiber.runtime.poller import READ, WRITE, Poller
 from fiber.runtime.signals import Deferral
 from fiber.wire.channel import Channel
@@ -514,7 +514,7 @@ class Link:
         except BlockingIOError:
             return False
         except FrameError as error:
-            logger.error("a channel is closed, for its peer sent a damaged frame: %s", error)
+            log(ERROR, "a channel is closed, for its peer sent a damaged frame: %s", error)
             self._lose()
             return False
         except (EOFError, OSError) as error:

@@ -15,7 +15,6 @@ import signal
 import stat
 import sys
 import threading
-from multiprocessing import util as _util
 from typing import Any
 
 from fiber.backends import registry
@@ -26,7 +25,7 @@ from fiber.resources import Resources, thread_environment
 from fiber.runtime import logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
 from fiber.runtime.endpoint import Endpoint
-from fiber.runtime.logs import logger
+from fiber.runtime.logs import DEBUG, log
 from fiber.runtime.loop import Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
@@ -85,7 +84,9 @@ class Session:
     def _submit(self, backend: str, cpu: int) -> Agent:
         agent = Agent(self.loop, f"the {backend} agent")
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        flags = _util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        from multiprocessing import util  # not needed to import Fiber, and slow
+
+        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
         program = (
             # The folder that the program happens to be started in shall not hide modules.
             f"import sys; sys.path = [*filter(None, sys.path), {package!r}]; "
@@ -270,7 +271,9 @@ def current() -> Session:
     with _making:
         if _current is None or _current.loop.failed:
             # Last of all at exit: multiprocessing's exit function ends and joins children before.
-            _util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
+            from multiprocessing import util
+
+            util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
             deferral = Deferral(lambda: None)
             deferral.enter()  # a Ctrl-C in the middle would leave a folder that nobody removes
             try:
@@ -285,7 +288,7 @@ def _begin() -> Session:
     key = new_secret()
     folder, lock = _make_folder(key)
     logs.configure()
-    logger.debug("session in %s", folder)
+    log(DEBUG, "session in %s", folder)
     return Session(folder, key, lock)
 
 
