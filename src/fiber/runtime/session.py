@@ -321,7 +321,12 @@ def shutdown(reason: BaseException | None = None) -> None:
     with _making:
         session, _current = _current, None
     if session is not None:
-        session.close(reason)
+        deferral = Deferral(lambda: None)
+        deferral.enter()  # a second Ctrl-C in the middle would leave the folder
+        try:
+            session.close(reason)
+        finally:
+            deferral.leave()
 
 
 def _shutdown_at_exit() -> None:
