@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fiber.errors import SerializationError
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
@@ -76,13 +77,17 @@ class _Pickled(NamedTuple):
 
 def _pickle(value: object, last: bool) -> _Pickled:
     """Pickle a result; its buffers stay where they are only if it is the `last` of its batch."""
-    if last:
-        return _Pickled(dumps(value))
     try:
-        return _Pickled(Packed(pickle.dumps(value, PROTOCOL), ()))
-    except Exception:
-        packed = dumps(value)  # by value, or it says why not
-        return _Pickled(Packed(packed.data, [bytes(buffer) for buffer in packed.buffers]))
+        if last:
+            return _Pickled(dumps(value))
+        try:
+            return _Pickled(Packed(pickle.dumps(value, PROTOCOL), ()))
+        except Exception:
+            packed = dumps(value)  # by value, or it says why not
+            return _Pickled(Packed(packed.data, [bytes(buffer) for buffer in packed.buffers]))
+    except SerializationError as error:
+        what = f"the result of the task, a {type(value).__name__}, cannot be pickled"
+        raise SerializationError(f"{what}: {error}") from error.__cause__
 
 
 class _Job:
