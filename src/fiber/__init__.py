@@ -15,14 +15,25 @@ each. Processes start on this machine, or where the configuration says (see `fib
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from fiber._version import __version__
 from fiber.config import config
-from fiber.context import FiberContext, get_context
+from fiber.context import (
+    FiberContext,
+    default,
+    get_all_start_methods,
+    get_context,
+    get_start_method,
+    set_start_method,
+)
 from fiber.errors import (
     AuthenticationError,
     BufferTooShort,
     ConfigError,
     FiberError,
+    PeerDied,
     PoolBroken,
     PoolClosed,
     PoolError,
@@ -39,12 +50,45 @@ from fiber.pool import Pool
 from fiber.process import Process, active_children, current_process, parent_process
 from fiber.resources import cpu_count, meta
 
+Array = default.Array
+Barrier = default.Barrier
+BoundedSemaphore = default.BoundedSemaphore
+Condition = default.Condition
+Event = default.Event
+JoinableQueue = default.JoinableQueue
+Lock = default.Lock
+Manager = default.Manager
+Pipe = default.Pipe
+Queue = default.Queue
+RLock = default.RLock
+RawArray = default.RawArray
+RawValue = default.RawValue
+Semaphore = default.Semaphore
+SimpleQueue = default.SimpleQueue
+Value = default.Value
+allow_connection_pickling = default.allow_connection_pickling
+freeze_support = default.freeze_support
+get_logger = default.get_logger
+log_to_stderr = default.log_to_stderr
+set_executable = default.set_executable
+set_forkserver_preload = default.set_forkserver_preload
+
 __all__ = [
+    "Array",
     "AuthenticationError",
+    "Barrier",
+    "BoundedSemaphore",
     "BufferTooShort",
+    "Condition",
     "ConfigError",
+    "Event",
     "FiberContext",
     "FiberError",
+    "JoinableQueue",
+    "Lock",
+    "Manager",
+    "PeerDied",
+    "Pipe",
     "Pool",
     "PoolBroken",
     "PoolClosed",
@@ -52,23 +96,60 @@ __all__ = [
     "PoolTerminated",
     "Process",
     "ProcessError",
+    "Queue",
+    "RLock",
+    "RawArray",
+    "RawValue",
     "RemoteError",
+    "Semaphore",
     "SerializationError",
+    "SimpleQueue",
     "StartError",
     "TaskTimeout",
     "TimeoutError",
+    "Value",
     "WorkerDied",
     "__version__",
     "active_children",
+    "allow_connection_pickling",
     "config",
     "cpu_count",
     "current_process",
+    "freeze_support",
+    "get_all_start_methods",
     "get_context",
+    "get_logger",
+    "get_start_method",
     "init",
+    "log_to_stderr",
     "meta",
     "parent_process",
     "reset",
+    "set_executable",
+    "set_forkserver_preload",
+    "set_start_method",
 ]
+
+_MODULES = (
+    "connection",
+    "dummy",
+    "experimental",
+    "heap",
+    "managers",
+    "queues",
+    "reduction",
+    "shared_memory",
+    "sharedctypes",
+    "synchronize",
+    "util",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import what multiprocessing's users find as attributes, when it is asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"fiber.{name}")
+    raise AttributeError(f"module 'fiber' has no attribute {name!r}")
 
 
 def init(**values: object) -> None:

@@ -1,25 +1,51 @@
-"""Contexts: the public functions, bound to a backend as multiprocessing's are to a start method."""
+"""Contexts: the public functions, bound to a backend as multiprocessing's are to a start method.
+
+    fiber.Queue() ─► default context ─┐
+    get_context("local").Queue() ─────┴─► fiber.queues.Queue
+
+The start methods of multiprocessing all mean the same here: a process of the configured backend,
+which begins as one of `spawn` does. So programs that choose one run as they are. A context of a
+backend's name starts its processes there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from multiprocessing import context as _mp_context
 from typing import TYPE_CHECKING, Any
 
 from fiber import process as _process
 from fiber.backends import registry
+from fiber.config import config
 from fiber.errors import AuthenticationError, BufferTooShort, ProcessError, TimeoutError
 from fiber.resources import cpu_count
 
 if TYPE_CHECKING:
+    from logging import Logger
+
+    from fiber import managers, queues, sharedctypes, synchronize
+    from fiber.connection import Connection
     from fiber.pool import Pool as PoolType
 
-__all__ = ["FiberContext", "get_context"]
+    _Base = object  # that of multiprocessing is typed for its own start methods only
+else:
+    _Base = _mp_context.BaseContext  # libraries look for it
+
+__all__ = [
+    "FiberContext",
+    "get_all_start_methods",
+    "get_context",
+    "get_start_method",
+    "set_start_method",
+]
+
+START_METHODS = ("spawn", "fork", "forkserver")
 
 
-class FiberContext:
-    """What `get_context` returns: processes and pools of one backend.
+class FiberContext(_Base):
+    """What `get_context` returns: the names of multiprocessing, for one backend.
 
-    Args:
+    Attributes:
         backend: its name; None for the one that is configured when a process is started.
     """
 
@@ -33,9 +59,12 @@ class FiberContext:
     current_process = staticmethod(_process.current_process)
     parent_process = staticmethod(_process.parent_process)
 
-    def __init__(self, backend: str | None = None) -> None:
-        self.backend = backend
-        self.Process = _process_class(backend)
+    Process: type[_process.Process] = _process.Process
+    backend: str | None = None
+    _name: str | None = None
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return get_context, (self._name,)
 
     def Pool(
         self,
@@ -60,24 +89,262 @@ class FiberContext:
             timeout=timeout,
         )
 
+    def Manager(self) -> managers.SyncManager:
+        """Return a started manager: a process that keeps objects for others."""
+        from fiber.managers import SyncManager
+
+        manager = SyncManager(ctx=self.get_context())
+        manager.start()
+        return manager
+
+    def Pipe(self, duplex: bool = True) -> tuple[Connection, Connection]:
+        """Return the two ends of a pipe; if it is not duplex, the first one only receives."""
+        from fiber.connection import Pipe
+
+        return Pipe(duplex)
+
+    def Lock(self) -> synchronize.Lock:
+        """Return a lock."""
+        from fiber.synchronize import Lock
+
+        return Lock()
+
+    def RLock(self) -> synchronize.RLock:
+        """Return a lock that its owner may acquire again."""
+        from fiber.synchronize import RLock
+
+        return RLock()
+
+    def Condition(
+        self, lock: synchronize.Lock | synchronize.RLock | None = None
+    ) -> synchronize.Condition:
+        """Return a condition."""
+        from fiber.synchronize import Condition
+
+        return Condition(lock)
+
+    def Semaphore(self, value: int = 1) -> synchronize.Semaphore:
+        """Return a semaphore of `value` permits."""
+        from fiber.synchronize import Semaphore
+
+        return Semaphore(value)
+
+    def BoundedSemaphore(self, value: int = 1) -> synchronize.BoundedSemaphore:
+        """Return a semaphore that never has more than `value` permits."""
+        from fiber.synchronize import BoundedSemaphore
+
+        return BoundedSemaphore(value)
+
+    def Event(self) -> synchronize.Event:
+        """Return a flag that processes can wait for."""
+        from fiber.synchronize import Event
+
+        return Event()
+
+    def Barrier(
+        self,
+        parties: int,
+        action: Callable[[], Any] | None = None,
+        timeout: float | None = None,
+    ) -> synchronize.Barrier:
+        """Return a barrier for so many parties; see `fiber.synchronize.Barrier`."""
+        from fiber.synchronize import Barrier
+
+        return Barrier(parties, action, timeout)
+
+    def Queue(self, maxsize: int = 0) -> queues.Queue:
+        """Return a queue; `maxsize` bounds how many items it holds."""
+        from fiber.queues import Queue
+
+        return Queue(maxsize)
+
+    def JoinableQueue(self, maxsize: int = 0) -> queues.JoinableQueue:
+        """Return a queue whose items are marked as done, and that can be waited for."""
+        from fiber.queues import JoinableQueue
+
+        return JoinableQueue(maxsize)
+
+    def SimpleQueue(self) -> queues.SimpleQueue:
+        """Return a queue with the least of methods."""
+        from fiber.queues import SimpleQueue
+
+        return SimpleQueue()
+
+    def RawValue(self, typecode_or_type: Any, *args: Any) -> Any:
+        """Return a ctypes object in shared memory."""
+        from fiber.sharedctypes import RawValue
+
+        return RawValue(typecode_or_type, *args)
+
+    def RawArray(self, typecode_or_type: Any, size_or_initializer: Any) -> Any:
+        """Return a ctypes array in shared memory."""
+        from fiber.sharedctypes import RawArray
+
+        return RawArray(typecode_or_type, size_or_initializer)
+
+    def Value(
+        self, typecode_or_type: Any, *args: Any, lock: Any = True
+    ) -> sharedctypes.SynchronizedBase[Any] | Any:
+        """Return a ctypes object in shared memory, with a lock unless `lock` is False."""
+        from fiber.sharedctypes import Value
+
+        return Value(typecode_or_type, *args, lock=lock, ctx=self.get_context())
+
+    def Array(
+        self, typecode_or_type: Any, size_or_initializer: Any, *, lock: Any = True
+    ) -> sharedctypes.SynchronizedArray[Any] | Any:
+        """Return a ctypes array in shared memory, with a lock unless `lock` is False."""
+        from fiber.sharedctypes import Array
+
+        return Array(typecode_or_type, size_or_initializer, lock=lock, ctx=self.get_context())
+
     def get_context(self, method: str | None = None) -> FiberContext:
-        """Return this context, or that of the backend called `method`."""
+        """Return this context, or that of the backend or start method called `method`."""
         return self if method is None else get_context(method)
 
+    def get_start_method(self, allow_none: bool = False) -> str:
+        """Return the name of this context."""
+        return self._name or "spawn"
 
-def _process_class(backend: str | None) -> type[_process.Process]:
-    return _process.Process if backend is None else _CLASSES[backend]
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        """Refuse, unless it is its own: a context's method cannot be changed."""
+        if method != self._name:
+            raise ValueError("cannot set start method of concrete context")
+
+    def freeze_support(self) -> None:
+        """Do nothing: it is for frozen programs on Windows, where Fiber does not run."""
+
+    def get_logger(self) -> Logger:
+        """Return multiprocessing's logger; Fiber's own is `logging.getLogger("fiber")`."""
+        from multiprocessing.util import get_logger
+
+        return get_logger()
+
+    def log_to_stderr(self, level: Any = None) -> Logger:
+        """Have multiprocessing's logger write to standard error; return it."""
+        from multiprocessing.util import log_to_stderr
+
+        return log_to_stderr(level)
+
+    def allow_connection_pickling(self) -> None:
+        """Do nothing: Fiber's connections can always be pickled."""
+
+    def set_executable(self, executable: str) -> None:
+        """Have processes that start as fresh interpreters run `executable`.
+
+        Args:
+            executable: path of a Python interpreter.
+        """
+        from multiprocessing import spawn
+
+        spawn.set_executable(executable)
+
+    def set_forkserver_preload(self, module_names: list[str]) -> None:
+        """Do nothing: the main module, with all that it imports, is loaded ahead anyway."""
+
+    def _check_available(self) -> None:
+        pass
+
+
+class SpawnProcess(_process.Process):
+    """A process of the configured backend."""
+
+    _start_method = "spawn"
+
+
+class ForkProcess(_process.Process):
+    """As `SpawnProcess`, for programs that ask for `fork`."""
+
+    _start_method = "fork"
+
+
+class ForkServerProcess(_process.Process):
+    """As `SpawnProcess`, for programs that ask for `forkserver`."""
+
+    _start_method = "forkserver"
 
 
 class LocalProcess(_process.Process):
     """A process on this machine, whatever is configured."""
 
+    _start_method = "local"
     _backend = "local"
 
 
-_CLASSES: dict[str, type[_process.Process]] = {"local": LocalProcess}
-_START_METHODS = (None, "spawn", "fork", "forkserver")
-_contexts: dict[str | None, FiberContext] = {}
+class SpawnContext(FiberContext):
+    """Processes of the configured backend."""
+
+    _name = "spawn"
+    Process = SpawnProcess
+
+
+class ForkContext(FiberContext):
+    """As `SpawnContext`, for programs that ask for `fork`."""
+
+    _name = "fork"
+    Process = ForkProcess
+
+
+class ForkServerContext(FiberContext):
+    """As `SpawnContext`, for programs that ask for `forkserver`."""
+
+    _name = "forkserver"
+    Process = ForkServerProcess
+
+
+class LocalContext(FiberContext):
+    """Processes on this machine, whatever is configured."""
+
+    _name = backend = "local"
+    Process = LocalProcess
+
+
+class DefaultContext(FiberContext):
+    """What the functions of `fiber` itself are methods of: the start method can be set, once."""
+
+    def __init__(self) -> None:
+        self._actual: FiberContext | None = None
+
+    def __reduce__(self) -> str:
+        return "default"
+
+    def get_context(self, method: str | None = None) -> FiberContext:
+        """As the function."""
+        if method is not None:
+            return get_context(method)
+        if self._actual is None:
+            self._actual = _contexts["spawn"]
+        return self._actual
+
+    def get_start_method(self, allow_none: bool = False) -> Any:
+        """As the function."""
+        if self._actual is None and allow_none:
+            return None
+        return self.get_context()._name
+
+    def set_start_method(self, method: str | None, force: bool = False) -> None:
+        """As the function."""
+        if self._actual is not None and not force:
+            raise RuntimeError("context has already been set")
+        if method is None and force:
+            self._actual = None
+            return
+        self._actual = get_context(str(method))
+        if self._actual.backend is not None:
+            config.backend = self._actual.backend
+
+    def get_all_start_methods(self) -> list[str]:
+        """As the function."""
+        return list(START_METHODS)
+
+
+_contexts: dict[str, FiberContext] = {
+    "spawn": SpawnContext(),
+    "fork": ForkContext(),
+    "forkserver": ForkServerContext(),
+    "local": LocalContext(),
+}
+default = DefaultContext()
 
 
 def get_context(method: str | None = None) -> FiberContext:
@@ -90,7 +357,34 @@ def get_context(method: str | None = None) -> FiberContext:
     Raises:
         ValueError: there is no such backend.
     """
-    name = None if method in _START_METHODS else registry.check(str(method))
-    if name not in _contexts:
-        _contexts[name] = FiberContext(name)
-    return _contexts[name]
+    if method is None:
+        return default.get_context()
+    return _contexts[method if method in START_METHODS else registry.check(method)]
+
+
+def get_start_method(allow_none: bool = False) -> Any:
+    """Return the start method that was set, "spawn" if none was.
+
+    Args:
+        allow_none: return None instead, and leave it open.
+    """
+    return default.get_start_method(allow_none)
+
+
+def set_start_method(method: str | None, force: bool = False) -> None:
+    """Set the backend by its name; multiprocessing's start methods all leave the configured one.
+
+    Args:
+        method: a backend, or one of `get_all_start_methods()`.
+        force: whether it may have been set before.
+
+    Raises:
+        RuntimeError: it was set before, and not by force.
+        ValueError: there is no such start method or backend.
+    """
+    default.set_start_method(method, force)
+
+
+def get_all_start_methods() -> list[str]:
+    """Return multiprocessing's start methods; to Fiber they all mean the same."""
+    return default.get_all_start_methods()

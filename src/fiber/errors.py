@@ -9,6 +9,7 @@
     │   └── PoolTerminated              it was terminated while results were awaited
     ├── WorkerDied                      a task's worker died, more often than it may be retried
     ├── TaskTimeout (TimeoutError)      a task took longer than its time-out
+    ├── PeerDied (ConnectionError, EOFError)  what an object needs lived in a process that is gone
     ├── SerializationError (TypeError)  something could not be pickled or unpickled on its way
     └── RemoteError                     stands in for a remote exception that cannot travel
 
@@ -32,6 +33,7 @@ __all__ = [
     "BufferTooShort",
     "ConfigError",
     "FiberError",
+    "PeerDied",
     "PoolBroken",
     "PoolClosed",
     "PoolError",
@@ -77,6 +79,10 @@ class PoolClosed(PoolError, ValueError):
 
 class PoolTerminated(PoolError):
     """The pool was terminated while results were awaited."""
+
+
+class PeerDied(FiberError, ConnectionError, EOFError):
+    """A process is gone that an object lives in, or that owed what was waited for."""
 
 
 class SerializationError(FiberError, TypeError):

@@ -50,7 +50,7 @@ class Process(_mp_process.BaseProcess):
     """
 
     _backend: str | None = None  # a context's; None for the configured one
-    _start_method = None
+    _start_method: str | None = None
 
     if TYPE_CHECKING:  # what BaseProcess has, and its stub does not tell
         _popen: Popen | None

@@ -74,6 +74,8 @@ class Child:
     def signal(self, signum: int) -> None:
         """Send it a signal, through its agent; nothing happens if it has ended."""
         if not self.ended.is_set:
+            if self.pid is not None:
+                self.agent.told.add(self.pid)
             self.agent._post(SIGNAL, (self.key, signum))
 
     def _end(self, exitcode: int | None, stderr: str = "", error: str | None = None) -> None:
@@ -109,6 +111,7 @@ class Agent:
         self._loop = loop
         self._link: Link | None = None
         self._children: dict[int, Child] = {}
+        self.told: set[int] = set()  # processes that were sent a signal, and so may well end
         self._early: list[tuple[int, object, Any]] = []  # posts from before it was ready
         self._keys = 0
         self._timer: Timer | None = None
@@ -192,6 +195,10 @@ class Agent:
             self._children[child.key] = child
             self._post(SPAWN, (child.key, {**request, "name": name, "fds": len(fds)}), fds)
         return child
+
+    def was_told_to_end(self, pid: int) -> bool:
+        """Whether the process, one of its, was sent a signal by us."""
+        return pid in self.told
 
     def _post(self, kind: int, body: object, fds: Any = ()) -> None:
         if not self.ready.is_set:

@@ -99,6 +99,7 @@ def run(
         traceback.print_exc()
         return 1
     code: int = process._bootstrap(parent_sentinel=_parent_sentinel(request["parent"], upstream))
+    session.shutdown(orderly=code == 0)
     return code
 
 

@@ -27,7 +27,7 @@ __all__ = ["HELLO", "Endpoint"]
 
 
 HELLO = 1
-"""Kind of the first frame of a caller: a pickled dictionary with its `token`."""
+"""Kind of the first frame of a caller: a pickled dictionary with its `token` or a `service`."""
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 MAX_HANDSHAKES = 256
@@ -54,6 +54,7 @@ class Endpoint:
         self._path = path
         self._secret = secret
         self._expected: dict[str, Expected] = {}
+        self._services: dict[str, Expected] = {}
         self._strangers: dict[_Caller, None] = {}  # in the order of their arrival
         self._told: set[str] = set()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -68,6 +69,14 @@ class Endpoint:
         It sets the link's `on_frame` and `on_lost`.
         """
         self._expected[token] = arrived
+
+    def serve(self, service: str, arrived: Expected) -> None:
+        """Have `arrived(link, hello)` called for every caller that asks for `service`."""
+        self._services[service] = arrived
+
+    def withdraw(self, service: str) -> None:
+        """Serve it no more."""
+        self._services.pop(service, None)
 
     def forget(self, token: str) -> None:
         """Expect `token` no more."""
@@ -168,7 +177,10 @@ class _Caller:
         """The peer belongs to the session: hand its link to who expects it."""
         assert self._link is not None
         hello = pickle.loads(frame.body) if frame.kind == HELLO else {}
-        arrived = self._endpoint._expected.pop(hello.get("token", ""), None)
+        if "service" in hello:
+            arrived = self._endpoint._services.get(hello["service"])
+        else:
+            arrived = self._endpoint._expected.pop(hello.get("token", ""), None)
         if arrived is None:
             self.refuse("nobody expects it any more")
             return

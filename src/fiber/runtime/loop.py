@@ -132,6 +132,7 @@ class Loop:
         self._failure: BaseException | None = None
         self._reason: BaseException = RuntimeError("Fiber's session was ended")
         self.closed = False
+        self.pid = os.getpid()
 
     # From outside ------------------------------------------------------------------------------
 
@@ -216,6 +217,14 @@ class Loop:
                     self._turn(0)
                 finally:
                     self._step_down()
+
+    def drain(self, link: Link) -> None:
+        """Wait until all that was posted on `link` is on its way, or its peer is gone."""
+        while not link.idle and not self.closed:
+            with self:
+                if not link.idle:
+                    link.sent = Event()
+                    self.wait_within(link.sent)
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have `call` run within the loop, soon; from anywhere, finalizers included."""
@@ -476,6 +485,7 @@ class Link:
         self._loop = loop
         self.on_frame = on_frame
         self.on_lost = on_lost
+        self.sent: Event | None = None  # to be set when everything posted is on its way
         self._waits_to_send = False
         self._broken = False  # nothing goes out any more; what came in is still read
         channel.sock.setblocking(False)
@@ -487,6 +497,11 @@ class Link:
             return
         self.channel.post(kind, body, buffers, fds)
         self._loop.send_soon(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be sent, or ever will be."""
+        return self.lost or self._broken or self.channel.idle
 
     def flush(self) -> None:
         """Send what can be sent now."""
@@ -500,6 +515,8 @@ class Link:
             self._waits_to_send = not sent
             events = READ if sent else READ | WRITE
             self._loop.modify(self.channel.fileno(), events)
+        if self.sent is not None and sent:
+            self.sent.set()
 
     def _ready(self, events: int) -> None:
         if events & WRITE:
@@ -542,3 +559,5 @@ class Link:
             self.lost = True
             self._loop.unregister(self.channel.fileno())
             self.channel.close()
+            if self.sent is not None:
+                self.sent.set()

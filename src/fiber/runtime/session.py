@@ -15,7 +15,10 @@ import signal
 import stat
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from multiprocessing.process import current_process
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from fiber.backends import registry
 from fiber.backends.base import JobSpec
@@ -30,6 +33,10 @@ from fiber.runtime.loop import Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
 from fiber.wire.channel import Channel
+
+if TYPE_CHECKING:
+    from fiber.runtime.home import Home
+    from fiber.runtime.refs import Ref, Way
 
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
@@ -48,6 +55,12 @@ class Session:
         self._lock = lock  # held by the master: its end, however it comes, lets go of it
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
+        self._home: Home | None = None
+        self._ways: dict[str, Way] = {}
+        self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
+        """References to served objects that this process has, by address and identity."""
+        self.at_end: list[Callable[[], object]] = []
+        """Called, outside the loop, when this part ends in an orderly way: what must be sent."""
         self._closing = False
 
     @property
@@ -57,6 +70,36 @@ class Session:
             name = f"{os.getpid()}.sock"
             self._endpoint = Endpoint(self.loop, os.path.join(self.folder, name), self.secret)
         return self._endpoint
+
+    @property
+    def home(self) -> Home:
+        """The objects that this process serves. Within the loop."""
+        if self._home is None:
+            from fiber.runtime.home import Home
+
+            self._home = Home(self.loop, self.endpoint, self.identity()["name"])
+            self._home.forgiven = self._was_told_to_end
+        return self._home
+
+    def way(self, address: str) -> Way:
+        """Return the way to the home at `address`, which may be this process."""
+        way = self._ways.get(address)
+        if way is None:
+            from fiber.runtime.refs import Here, Peer
+
+            with contextlib.nullcontext() if self.loop.held else self.loop:
+                here = self._endpoint is not None and address == self._endpoint.address
+                way = Here(self) if here else Peer(self, address)
+                way = self._ways.setdefault(address, way)
+        return way
+
+    def identity(self) -> dict[str, Any]:
+        """Return what this process tells of itself to those whose objects it uses."""
+        supervised = bool(_inherited.get("supervised"))
+        return {"name": current_process().name, "pid": os.getpid(), "supervised": supervised}
+
+    def _was_told_to_end(self, pid: int) -> bool:
+        return any(agent.was_told_to_end(pid) for agent in self._agents.values())
 
     def agent(self, backend: str, cpu: int) -> Agent:
         """Return an agent of `backend` whose processes use `cpu` CPUs each, ready for use.
@@ -149,10 +192,17 @@ class Session:
         }
         return agent.spawn(name, request, standard_streams())
 
-    def close(self, reason: BaseException | None = None) -> None:
-        """End this part; the owner's end is the end of the session. `reason` as for the loop."""
+    def close(self, reason: BaseException | None = None, *, orderly: bool = True) -> None:
+        """End this part; the master's end is the end of the session. `reason` as for the loop."""
+        if not self.loop.failed:
+            for call in self.at_end:
+                call()
         with self.loop:
             self._closing = True
+            for way in self._ways.values():
+                way.close(orderly)
+            if self._home is not None:
+                self._home.close()
             for agent in self._agents.values():
                 agent.close()
             if self._endpoint is not None:
@@ -260,6 +310,7 @@ _current: Session | None = None
 _inherited: dict[str, Any] = {}
 _making = threading.Lock()
 _abandoned: list[Session] = []  # of our parent: not to be finalized here
+_forebears: dict[str, bytes] = {}  # folders of sessions that `os.fork` took us from, and secrets
 
 
 def current() -> Session:
@@ -308,6 +359,14 @@ def secret() -> bytes:
     return current().secret if inherited is None else inherited
 
 
+def secret_for(address: str) -> bytes:
+    """Return the secret of the session that `address` belongs to: ours, or a forebear's."""
+    for folder, key in _forebears.items():
+        if address.startswith(f"unix:{folder}/"):
+            return key
+    return secret()
+
+
 def inherit(**facts: Any) -> None:
     """In a process that an agent forked: take part in the session that it belongs to."""
     global _current
@@ -315,8 +374,13 @@ def inherit(**facts: Any) -> None:
     _inherited.update(facts)
 
 
-def shutdown(reason: BaseException | None = None) -> None:
-    """End this process's part in the session, and all that it started; it may begin anew."""
+def shutdown(reason: BaseException | None = None, *, orderly: bool = True) -> None:
+    """End this process's part in the session, and all that it started; it may begin anew.
+
+    Args:
+        reason: what those shall raise who still wait.
+        orderly: whether the process ends as it should; if not, it lets go of the locks it holds.
+    """
     global _current
     with _making:
         session, _current = _current, None
@@ -324,21 +388,29 @@ def shutdown(reason: BaseException | None = None) -> None:
         deferral = Deferral(lambda: None)
         deferral.enter()  # a second Ctrl-C in the middle would leave the folder
         try:
-            session.close(reason)
+            session.close(reason, orderly=orderly)
         finally:
             deferral.leave()
 
 
 def _shutdown_at_exit() -> None:
     # Daemonic threads that still wait end without a word: threading ignores SystemExit.
-    shutdown(SystemExit("the program ended"))
+    shutdown(SystemExit("the program ended"), orderly=_is_orderly(sys.exc_info()[1]))
+
+
+def _is_orderly(error: BaseException | None) -> bool:
+    """Whether a process that ends with `error` on its way ends as it should."""
+    return error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
 
 
 def _forget_after_fork() -> None:
     """In a child of `os.fork`: the session is the parent's; this process may make its own."""
     global _current, _making
     _making = threading.Lock()
+    if _inherited:
+        _forebears[_inherited["folder"]] = _inherited["secret"]
     if _current is not None:
+        _forebears[_current.folder] = _current.secret
         _current.forget()
         _abandoned.append(_current)
     _current = None

@@ -80,6 +80,11 @@ class Channel:
             pieces.append(piece)
         return pieces
 
+    @property
+    def idle(self) -> bool:
+        """Whether the outbox is empty."""
+        return not self._outbox
+
     def send(self, kind: int, body: Buffer, buffers: Sequence[Buffer] = ()) -> None:
         """Post one frame and flush."""
         self.post(kind, body, buffers)
