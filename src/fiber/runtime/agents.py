@@ -98,6 +98,7 @@ class Agent:
         error: why it failed.
         ending: it was asked to end, by SIGTERM, and starts no more processes.
         names: what the main module has that it loaded.
+        on_exited: called with the ID of each process that has ended, before anybody else knows.
     """
 
     def __init__(self, loop: Loop, name: str) -> None:
@@ -111,6 +112,7 @@ class Agent:
         self._loop = loop
         self._link: Link | None = None
         self._children: dict[int, Child] = {}
+        self.on_exited: Callable[[int], object] | None = None
         self.told: set[int] = set()  # processes that were sent a signal, and so may well end
         self._early: list[tuple[int, object, Any]] = []  # posts from before it was ready
         self._keys = 0
@@ -236,6 +238,8 @@ class Agent:
             del self._children[key]
             child._end(None, error=facts[0])
         elif frame.kind == EXITED:
+            if self.on_exited is not None and child.pid is not None:
+                self.on_exited(child.pid)
             del self._children[key]
             child._end(*facts)
 

@@ -82,6 +82,11 @@ class Endpoint:
         """Expect `token` no more."""
         self._expected.pop(token, None)
 
+    def drain(self) -> None:
+        """Handle the hello of every caller that has sent it."""
+        for caller in list(self._strangers):
+            caller.drain()
+
     def close(self) -> None:
         """Stop listening and remove the socket's file."""
         for caller in list(self._strangers):
@@ -186,6 +191,11 @@ class _Caller:
             return
         self._forget()
         arrived(self._link, hello)
+
+    def drain(self) -> None:
+        """Handle its hello, if that is here."""
+        if self._link is not None:
+            self._link.drain()
 
     @property
     def closed(self) -> bool:

@@ -16,6 +16,8 @@ good-bye or died decides what an object makes of it.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ __all__ = [
     "GOODBYE",
     "LEASE",
     "NOTE",
+    "PAGE",
     "RELEASE",
     "REPLY",
     "SERVICE",
@@ -49,7 +52,7 @@ __all__ = [
 SERVICE = "home"
 """What a caller of the endpoint asks for in its hello."""
 
-CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, GOODBYE, REPLY, NOTE = range(32, 41)
+CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, NOTE = range(32, 42)
 """Kinds of frames: the last two come from a home, the others go to it."""
 
 _LEASE = 60.0  # seconds that an object without a user is kept once it was pickled
@@ -62,6 +65,7 @@ class Client:
         name: of the process, for messages.
         pid: its process ID.
         supervised: somebody else, such as a pool, makes good for its death.
+        counts: memory that it shares with us, where it counts what it takes; see `served.queue`.
     """
 
     def __init__(self, home: Home, link: Link | None, facts: dict[str, Any]) -> None:
@@ -72,7 +76,7 @@ class Client:
         self.supervised: bool = facts.get("supervised", False)
         self.uses: set[Served] = set()
         self.requests: dict[int, Request] = {}  # not answered yet
-        self.page: Any = None  # memory in which it counts what it has taken, see `queues`
+        self.counts: memoryview | None = None
         self._dismissed = False
 
     def __str__(self) -> str:
@@ -105,8 +109,16 @@ class Client:
             canceled = self.requests.get(pickle.loads(body))
             if canceled is not None:
                 canceled.withdraw()
+        elif kind == PAGE:
+            self._map_page(pickle.loads(body))
         elif kind == GOODBYE:
             self._dismissed = pickle.loads(body)
+
+    def _map_page(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            with open(path, "r+b") as file:
+                self.counts = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+            os.unlink(path)
 
     def on_lost(self) -> None:
         self.home.lost(self, died=not self._dismissed)
@@ -249,6 +261,13 @@ class Home:
         served = self.objects.get(target)
         if served is not None:
             served.leased_until = monotonic() + _LEASE
+
+    def read_all(self, pid: int) -> None:
+        """The process has ended: read all that it sent, before anybody learns of its end."""
+        self.endpoint.drain()  # of its hello, perhaps
+        for client in list(self.clients):
+            if client.pid == pid and client.link is not None:
+                client.link.drain()
 
     def lost(self, client: Client, died: bool) -> None:
         """The process is gone."""

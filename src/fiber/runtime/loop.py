@@ -121,6 +121,7 @@ class Loop:
         self._holder: int | None = None  # identity of the thread that has the lock
         self._leader: int | None = None  # that of the one that leads
         self._background_leads = False
+        self._yield = False  # it is to leave the lead to a thread that polls
         self._led = 0  # how often a waiting thread began to lead
         self._polling = False
         self._sleepers: deque[_Sleeper] = deque()  # who waits while another leads, oldest first
@@ -217,6 +218,23 @@ class Loop:
                     self._turn(0)
                 finally:
                     self._step_down()
+
+    def poll_within(self) -> None:
+        """As `poll`, for a caller that is in `with loop:` already and that comes often.
+
+        The background thread leaves the loop to it: in a thread of Python that is busy, the other
+        would have to wait for its turn, for milliseconds.
+        """
+        if self._leader is None and not self.closed:
+            self._led += 1
+            self._leader = threading.get_ident()
+            try:
+                self._turn(0)
+            finally:
+                self._step_down()
+        elif self._background_leads:
+            self._yield = True
+            self._kick()
 
     def drain(self, link: Link) -> None:
         """Wait until all that was posted on `link` is on its way, or its peer is gone."""
@@ -429,7 +447,8 @@ class Loop:
                     self._leader = threading.get_ident()
                     self._background_leads = True
                     try:
-                        while not (self._sleepers or self.closed):
+                        self._yield = False
+                        while not self._is_wanted():
                             self._turn(None)
                     finally:
                         self._background_leads = False
@@ -442,6 +461,10 @@ class Loop:
                 self._bell.acquire()
                 seen = self._led
             self._bell.acquire(timeout=_DOZE)
+
+    def _is_wanted(self) -> bool:
+        """Whether the background thread is to leave the lead."""
+        return bool(self._sleepers) or self.closed or self._yield
 
     # Waking ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ call that waits for it, and every later one, raises `PeerDied`.
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import threading
@@ -29,6 +30,7 @@ from fiber.runtime.home import (
     GOODBYE,
     LEASE,
     NOTE,
+    PAGE,
     RELEASE,
     REPLY,
     SERVICE,
@@ -49,7 +51,7 @@ _GRACE = 2.0  # seconds by which a home may be late with the answer "time is out
 class _Call:
     """A call under way to another process's home; a `Request` stands for one to our own."""
 
-    __slots__ = ("buffers", "done", "error", "key", "result", "undo")
+    __slots__ = ("accept", "buffers", "done", "error", "key", "result", "undo")
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -58,6 +60,7 @@ class _Call:
         self.error: BaseException | None = None
         self.buffers: Sequence[Buffer] = ()
         self.undo: Callable[[Any], object] | None = None
+        self.accept: Callable[[Any, Sequence[Buffer]], Any] | None = None
 
 
 class Here:
@@ -108,6 +111,9 @@ class Here:
     def lease(self, target: int) -> None:
         self.home.lease(target)
 
+    def drain(self) -> None:
+        """Nothing is ever on its way."""
+
     def close(self, orderly: bool) -> None:
         """The home closes with the session."""
 
@@ -125,7 +131,10 @@ class Peer:
         self._calls: dict[int, _Call] = {}
         self._keys = 0
         self._counts: dict[int, int] = {}
-        self._empty: Event | None = None
+        self._page: memoryview | None = None
+        self._slots = 0
+        self.hasty = False
+        """Whether the process may end without waiting until all that was posted is on its way."""
 
     @property
     def connected(self) -> bool:
@@ -215,11 +224,13 @@ class Peer:
         if frame.kind == REPLY:
             key, error, result = body
             call = self._calls.pop(key)
-            if call.undo is not None:
-                if error is None:
-                    call.undo(result)
-            else:
-                call.error, call.result, call.buffers = error, result, frame.buffers
+            call.buffers = frame.buffers
+            if call.accept is not None and error is None:
+                result = call.accept(result, frame.buffers)
+            if call.undo is None:
+                call.error, call.result = error, result
+            elif error is None:
+                call.undo(result)
             call.done.set()
         elif frame.kind == NOTE:
             target, facts = body
@@ -237,9 +248,34 @@ class Peer:
             call.error = self._died()
             call.done.set()
 
+    def counter(self) -> tuple[memoryview | None, int]:
+        """Return counts that the home can read as well, and the index of one to use.
+
+        They are in a file that both map. None, -1 if that cannot be.
+        """
+        with self._connecting:
+            if self._page is None:
+                self._page = self._make_page()
+            self._slots += 1
+            if self._page is None or self._slots > len(self._page):
+                return None, -1
+            return self._page, self._slots - 1
+
+    def _make_page(self) -> memoryview | None:
+        path = os.path.join(self._session.folder, f"{os.getpid()}-{os.urandom(4).hex()}.page")
+        try:
+            with open(path, "x+b") as file:
+                file.truncate(mmap.PAGESIZE)
+                page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        except OSError:
+            return None  # no room, or no folder: a queue can do without
+        with self.loop:
+            self._post(PAGE, path)
+        return memoryview(page).cast("Q")
+
     def drain(self) -> None:
         """Wait, outside the loop, until all that was posted is on its way."""
-        if self._link is not None:
+        if self._link is not None and not self.hasty:
             self.loop.drain(self._link)
 
     def close(self, orderly: bool) -> None:
@@ -271,6 +307,9 @@ class Ref:
 
     def on_note(self, *facts: Any) -> None:
         """The object tells something. Within the loop."""
+
+    def finish(self) -> None:
+        """This process's part in the session ends: send what was kept back. Within the loop."""
 
     def renew(self) -> None:
         """This process is the child of one that had the reference: forget what was its alone."""
@@ -337,8 +376,14 @@ class Ref:
         buffers: Sequence[Buffer] = (),
         timeout: float | None = None,
         undo: Callable[[Any], object] | None = None,
+        accept: Callable[[Any, Sequence[Buffer]], Any] | None = None,
     ) -> Any:
-        """As `call`, but return the whole call: its `result` and its `buffers`."""
+        """As `call`, but return the whole call, with `result` and `buffers`; None if it is late.
+
+        Args:
+            accept: of a call to another process: given, within the loop, the answer and its
+                buffers; what it returns is taken for the answer.
+        """
         way = self.way
         way.connect()
         loop = way.loop
@@ -347,6 +392,8 @@ class Ref:
         try:
             with loop:
                 call = way.begin(self.id, method, args, buffers)
+                if accept is not None:
+                    call.accept = accept
                 loop.wait_within(call.done, deadline)
             while not call.done.is_set:
                 left = None if deadline is None else deadline - monotonic()

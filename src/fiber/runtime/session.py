@@ -15,7 +15,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Container
 from multiprocessing.process import current_process
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -23,12 +23,12 @@ from weakref import WeakValueDictionary
 from fiber.backends import registry
 from fiber.backends.base import JobSpec
 from fiber.config import config
-from fiber.errors import StartError
+from fiber.errors import PeerDied, StartError
 from fiber.resources import Resources, thread_environment
 from fiber.runtime import logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
 from fiber.runtime.endpoint import Endpoint
-from fiber.runtime.logs import DEBUG, log
+from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
@@ -59,8 +59,6 @@ class Session:
         self._ways: dict[str, Way] = {}
         self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
         """References to served objects that this process has, by address and identity."""
-        self.at_end: list[Callable[[], object]] = []
-        """Called, outside the loop, when this part ends in an orderly way: what must be sent."""
         self._closing = False
 
     @property
@@ -98,6 +96,19 @@ class Session:
         supervised = bool(_inherited.get("supervised"))
         return {"name": current_process().name, "pid": os.getpid(), "supervised": supervised}
 
+    def known_names(self) -> Container[str] | None:
+        """Return what `wire.pickling.dumps` has to know of the main module of other processes."""
+        if _inherited:
+            return main.missing(_inherited["names"])
+        for agent in self._agents.values():
+            if agent.ready.is_set and agent.error is None:
+                return main.missing(agent.names)
+        return None if main.describe() else frozenset()
+
+    def _on_exited(self, pid: int) -> None:
+        if self._home is not None:
+            self._home.read_all(pid)
+
     def _was_told_to_end(self, pid: int) -> bool:
         return any(agent.was_told_to_end(pid) for agent in self._agents.values())
 
@@ -122,6 +133,7 @@ class Session:
         agent = self._agents.get(key)
         if agent is None or not agent.usable:
             agent = self._agents[key] = self._submit(backend, cpu)
+            agent.on_exited = self._on_exited
         return agent
 
     def _submit(self, backend: str, cpu: int) -> Agent:
@@ -194,9 +206,8 @@ class Session:
 
     def close(self, reason: BaseException | None = None, *, orderly: bool = True) -> None:
         """End this part; the master's end is the end of the session. `reason` as for the loop."""
-        if not self.loop.failed:
-            for call in self.at_end:
-                call()
+        if not (self.loop.failed or self.loop.closed):
+            self._send_all()
         with self.loop:
             self._closing = True
             for way in self._ways.values():
@@ -213,6 +224,17 @@ class Session:
         if self._lock is not None:
             remove_folder(self.folder)
             os.close(self._lock)
+
+    def _send_all(self) -> None:
+        """See that all is on its way that this process has for others."""
+        with self.loop:
+            for ref in list(self.refs.values()):
+                try:
+                    ref.finish()
+                except PeerDied as error:
+                    log(WARNING, "what was put into a queue is lost: %s", error)
+        for way in list(self._ways.values()):
+            way.drain()
 
     def forget(self) -> None:
         """After `os.fork`, in the child: keep nothing of the parent's session open."""
@@ -349,6 +371,7 @@ def _take_part() -> Session:
     with session.loop:
         channel = Channel(_inherited["socket"])
         agent = Agent.inherited(session.loop, channel, _inherited["names"])
+        agent.on_exited = session._on_exited
     session._agents[_inherited["key"]] = agent
     return session
 

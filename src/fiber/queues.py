@@ -1,0 +1,430 @@
+"""Queues among processes, wherever they run.
+
+    put ─► pickled at once ─► pending ─► the home of the queue (fiber.served.queue)
+                                                     │
+    get ◄─ unpickled ◄─ ready ◄──────────── granted ─┘
+
+The interface is `multiprocessing.queues`'. A queue lives in the process that made it and can be
+pickled into any other. There is no feeder thread: what cannot be pickled raises in `put`, and a
+burst of small items is sent together, a fraction of a millisecond later at the most.
+
+No item is lost with a process that dies while it puts or gets: what was not taken whole goes to the
+next. When a process dies that has put items into a queue, or may have been about to, those who wait
+in `get` without a time-out are told by `PeerDied` once the queue is empty, unless it was ended on
+purpose (`Process.terminate`) or is the worker of a pool, which makes good for it. When the process
+dies that the queue lives in, every call raises `PeerDied`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+from collections import deque
+from collections.abc import Sequence
+from queue import Empty, Full
+from time import monotonic
+from types import GenericAlias
+from typing import Any
+
+from fiber.errors import PeerDied
+from fiber.runtime import session
+from fiber.runtime.refs import Here, Peer, Ref, Way, lookup, serve
+from fiber.served.queue import PARTS, Item, ServedQueue
+from fiber.wire.framing import Buffer
+from fiber.wire.pickling import PLAIN, dumps, loads
+
+__all__ = ["Empty", "Full", "JoinableQueue", "Queue", "SimpleQueue"]
+
+_BURST = 0.0002  # seconds: what is put so soon after the last sending waits for more
+_MANY = 16  # items sent together that tell that this thread is busy with putting
+_TAIL = 0.001  # seconds after which it is sent at the latest
+_LARGE = 1 << 14  # bytes: a larger item travels alone, and is not copied into a batch
+_SIZED = frozenset({bytes, str})
+_NUMBERS = PLAIN - _SIZED
+_QUICK = 0.0001  # seconds: who takes an item in less is granted several at a time
+_MOST = 1024  # items granted at a time
+
+
+class QueueRef(Ref):
+    """The queue, as this process has it: what is put and not sent, granted and not taken.
+
+    Attributes:
+        here: the items themselves, once `prepare` has found that they live in this process.
+    """
+
+    def __init__(self, address: str, target: int) -> None:
+        super().__init__(address, target)
+        self._set()
+
+    def _set(self) -> None:
+        self._pending: deque[Item] = deque()
+        self._send_at = 0.0  # of `monotonic`: from then on, a put sends at once
+        self._armed = False  # whether a timer will send what is pending
+        self._ready: deque[Item] = deque()
+        self._mutex = threading.RLock()  # guards the count of what was taken
+        self._taken = 0
+        self._counts: memoryview | None = None
+        self._slot = -1  # where in these is ours
+        self._want = 1
+        self._granted_at = 0.0
+        self.here: deque[Item] | None = None
+        self._prepared: Way | None = None
+
+    def renew(self) -> None:
+        self._set()
+
+    def prepare(self) -> Way:
+        """Return the way to the home; at first, see what there is to gain from being near it."""
+        way = self.way
+        if way is not self._prepared:
+            way.connect()
+            self.here = None
+            if isinstance(way, Here):
+                with way.loop:
+                    served = way.home.objects.get(self.id)
+                if isinstance(served, ServedQueue) and not served.bounded:
+                    self.here = served.items
+            else:
+                self._counts, self._slot = way.counter()
+            self._prepared = way
+        return way
+
+    # Putting
+
+    def put(self, item: Item) -> None:
+        """Put an item into a queue without bounds."""
+        if type(item) is list:
+            way = self.way
+            way.connect()
+            with way.loop:
+                self._send(way)
+                way.cast(self.id, "put", (), item)
+            return
+        self._pending.append(item)
+        if monotonic() > self._send_at:
+            self.flush()
+        elif not self._armed:
+            self._armed = True
+            loop = self.way.loop
+            with loop:
+                loop.call_later(_TAIL, self._send_tail)
+
+    def put_one(self, item: Item, seconds: float | None) -> bool:
+        """Put an item into a queue with bounds; return whether there was room in time."""
+        facts, buffers = ((None, seconds), item) if type(item) is list else ((item, seconds), ())
+        call = self.call_for("put_one", facts, buffers, timeout=seconds)
+        return call is not None and bool(call.result)
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        if self._pending:
+            way = self.way
+            way.connect()
+            with way.loop:
+                if self._send(way) > _MANY:
+                    way.loop.poll_within()
+
+    def finish(self) -> None:
+        if self._pending and self._way is not None:
+            self._send(self._way)
+
+    def _send(self, way: Way) -> int:
+        pending = self._pending
+        items = [pending.popleft() for _ in range(len(pending))]
+        if items:
+            way.cast(self.id, "put", (items,), ())
+        self._send_at = monotonic() + _BURST
+        return len(items)
+
+    def _send_tail(self) -> None:
+        self._armed = False
+        way = self._way
+        if self._pending and way is not None:
+            try:
+                self._send(way)
+            except PeerDied:
+                self._pending.clear()  # the next put will tell
+            else:
+                self._armed = True
+                way.loop.call_later(_TAIL, self._send_tail)
+
+    # Getting
+
+    def get(self, seconds: float | None) -> tuple[Item] | None:
+        """Return the next item, in a tuple of its own; None if there was none in time."""
+        if self._pending:
+            self.flush()
+        if self._ready:
+            with self._mutex:
+                if self._ready:
+                    self._count()
+                    return (self._ready.popleft(),)
+        way = self.prepare()
+        if isinstance(way, Here):
+            if self.here is not None:
+                try:
+                    return (self.here.popleft(),)
+                except IndexError:
+                    pass
+            call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
+            if call is None or call.result is None:
+                return None
+            return (call.buffers,) if call.result == PARTS else (call.result[0],)
+        return self._get_remotely(seconds)
+
+    def _get_remotely(self, seconds: float | None) -> tuple[Item] | None:
+        quick = (monotonic() - self._granted_at) < self._want * _QUICK
+        self._want = min(2 * self._want, _MOST) if quick else 1
+        facts = (self._want, seconds, self._slot, self._taken)
+        call = self.call_for("get", facts, timeout=seconds, undo=self._undo, accept=self._accept)
+        self._granted_at = monotonic()
+        return None if call is None else call.result
+
+    def _accept(self, result: Any, buffers: Sequence[Buffer]) -> tuple[Item] | None:
+        """Items were granted: the first is for who asked, the others are ready. In the loop."""
+        if result is None:
+            return None
+        with self._mutex:
+            self._count()
+            if result == PARTS:
+                return (list(buffers),)
+            self._ready.extend(result[1:])
+        return (result[0],)
+
+    def _count(self) -> None:
+        """One more item was taken."""
+        self._taken += 1
+        if self._counts is not None:
+            self._counts[self._slot] = self._taken
+        else:
+            way = self.way
+            with contextlib.nullcontext() if way.loop.held else way.loop:
+                way.cast(self.id, "took", (self._taken,), ())
+
+    def _undo(self, result: Any) -> None:
+        """Give back, within the loop, an item that nobody takes."""
+        if result is not None and result != PARTS:
+            item = result[0]
+            facts, buffers = ((None,), item) if type(item) is list else ((item,), ())
+            self.way.cast(self.id, "unget", facts, buffers)
+
+    def on_note(self, *facts: Any) -> None:
+        """The home wants back what is not used."""
+        with self._mutex:
+            self._ready.clear()
+            self.way.cast(self.id, "give_back", (self._taken,), ())
+
+    def __del__(self) -> None:
+        if self._pending and self._way is not None and not self._way.loop.closed:
+            items, way, target = list(self._pending), self._way, self.id
+            way.loop.call_soon(lambda: way.cast(target, "put", (items,), ()))
+        super().__del__()
+
+
+def _seconds(block: bool, timeout: float | None) -> float | None:
+    if not block:
+        return 0.0
+    return None if timeout is None else max(float(timeout), 0.0)
+
+
+def _pack(obj: object) -> Item:
+    """Return `obj` as an item."""
+    kind = type(obj)
+    if kind in PLAIN:
+        if kind not in _SIZED or len(obj) <= _LARGE:  # type: ignore[arg-type]
+            return obj
+    elif kind is tuple and _NUMBERS.issuperset(map(type, obj)):  # type: ignore[call-overload]
+        return obj
+    data, buffers, _ = dumps(obj, session.current().known_names())
+    return [data, *buffers] if buffers or len(data) > _LARGE else bytearray(data)
+
+
+def _unpack(item: Item) -> Any:
+    """Return the object that an item was made of."""
+    kind = type(item)
+    if kind is bytearray:
+        return pickle.loads(item)
+    if kind is list:
+        return loads(item[0], item[1:])
+    return item
+
+
+class _Base:
+    """What the queues have in common: handles on a reference, which can be pickled anywhere."""
+
+    _ref: QueueRef
+    _maxsize = 0
+
+    def _make(self, maxsize: int) -> None:
+        self._maxsize = maxsize if maxsize > 0 else 0
+        self._closed = False
+        self._ref = serve(QueueRef, ServedQueue, self._maxsize)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        self._ref.flush()
+        self._ref.lease()
+        return self._ref.address, self._ref.id, self._maxsize
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        address, target, self._maxsize = state
+        self._closed = False
+        self._ref = lookup(QueueRef, address, target)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"Queue {self!r} is closed")
+
+    def _size(self) -> int:
+        self._ref.flush()
+        size: int = self._ref.call("size")
+        return size
+
+    __class_getitem__: Any = classmethod(GenericAlias)
+
+
+class Queue(_Base):
+    """As `multiprocessing.Queue`: first in, first out, for many producers and many consumers.
+
+    Args:
+        maxsize: how many items it holds at the most; 0 for any number.
+    """
+
+    def __init__(self, maxsize: int = 0, *, ctx: object = None) -> None:
+        self._make(maxsize)
+
+    def put(self, obj: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put an object into the queue. It is pickled at once.
+
+        Args:
+            obj: what.
+            block: whether to wait for room, if the queue has bounds.
+            timeout: seconds to wait at the most.
+
+        Raises:
+            Full: there was no room in time.
+            SerializationError: it cannot be pickled.
+            ValueError: this process has closed the queue.
+            PeerDied: the process that the queue lives in is gone.
+        """
+        if self._closed:
+            self._check_open()
+        item = _pack(obj)
+        if not self._maxsize:
+            self._ref.put(item)
+        elif not self._ref.put_one(item, _seconds(block, timeout)):
+            raise Full
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """Take the next object out of the queue.
+
+        Args:
+            block: whether to wait for one.
+            timeout: seconds to wait at the most.
+
+        Raises:
+            Empty: there was none in time.
+            ValueError: this process has closed the queue.
+            PeerDied: the process that the queue lives in is gone; or, without a time-out, a process
+                has died that may have owed an item.
+        """
+        if self._closed:
+            self._check_open()
+        found = self._ref.get(_seconds(block, timeout))
+        if found is None:
+            raise Empty
+        return _unpack(found[0])
+
+    def put_nowait(self, obj: Any) -> None:
+        """As `put(obj, False)`."""
+        self.put(obj, False)
+
+    def get_nowait(self) -> Any:
+        """As `get(False)`."""
+        return self.get(False)
+
+    def qsize(self) -> int:
+        """Return how many objects are in the queue now."""
+        return self._size()
+
+    def empty(self) -> bool:
+        """Return whether none is in it now."""
+        return self._size() == 0
+
+    def full(self) -> bool:
+        """Return whether it holds as many as it may."""
+        return self._maxsize > 0 and self._size() >= self._maxsize
+
+    def close(self) -> None:
+        """Let this process use it no more; what it has put is sent."""
+        self._closed = True
+        self._ref.flush()
+
+    def join_thread(self) -> None:
+        """After `close`: wait until all that this process has put is on its way."""
+        if not self._closed:
+            raise AssertionError(f"Queue {self!r} not closed")
+        way = self._ref.way
+        if isinstance(way, Peer):
+            way.drain()
+
+    def cancel_join_thread(self) -> None:
+        """Let this process end without waiting until all that it has put is on its way."""
+        way = self._ref.way
+        if isinstance(way, Peer):
+            way.hasty = True
+
+
+class JoinableQueue(Queue):
+    """As `multiprocessing.JoinableQueue`: a queue that can be waited for until all is done."""
+
+    def task_done(self) -> None:
+        """Mark one object that was taken as done.
+
+        Raises:
+            ValueError: that was called more often than objects were put.
+        """
+        self._ref.flush()
+        self._ref.call("task_done")
+
+    def join(self) -> None:
+        """Wait until every object that was put is marked as done.
+
+        Raises:
+            PeerDied: that cannot be any more, for a process died with some that it had taken.
+        """
+        self._ref.flush()
+        self._ref.call("join")
+
+
+class SimpleQueue(_Base):
+    """As `multiprocessing.SimpleQueue`."""
+
+    def __init__(self, *, ctx: object = None) -> None:
+        self._make(0)
+
+    def put(self, obj: Any) -> None:
+        """As `Queue.put`."""
+        self._check_open()
+        self._ref.put(_pack(obj))
+
+    def get(self) -> Any:
+        """As `Queue.get`."""
+        self._check_open()
+        found = self._ref.get(None)
+        assert found is not None
+        return _unpack(found[0])
+
+    def empty(self) -> bool:
+        """Return whether nothing is in it now."""
+        self._check_open()
+        return self._size() == 0
+
+    def close(self) -> None:
+        """Let this process use it no more."""
+        self._closed = True
+        self._ref.flush()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError("this queue is closed")
