@@ -7,9 +7,10 @@
        │ argv                                 ▲ JSON lines
        ▼                                      │
     child.py ──► measure.py ──► peers.py ──► tasks.py (what the peers' workers run)
+             └─► objects.py ──┘
 
     report.py     results.json ──► RESULTS.md
 
-The child's side (child, measure, peers, tasks) imports as little as it can: a module that is loaded
-already would be a gift to the peer whose start is timed.
+The child's side (child, measure, objects, peers, tasks) imports as little as it can: a module that
+is loaded already would be a gift to the peer whose start is timed.
 """

@@ -11,10 +11,11 @@ import sys
 
 
 def main(row: str, case: str, peer: str, seconds: str, path: str) -> None:
-    from benchmarks import measure, peers
+    from benchmarks import measure, objects, peers
 
     adapter = None if peer == "floor" else peers.load(peer)
-    for metric, value in measure.MEASURES[row](case, adapter, float(seconds)):
+    measures = measure.MEASURES | objects.MEASURES
+    for metric, value in measures[row](case, adapter, float(seconds)):
         import json  # late: a peer that needs it pays for it itself
 
         with open(path, "a") as file:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.peers import OBJECTS
 from benchmarks.rows import FLOOR, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,8 @@ class Settings:
 def peers_of(row: Row, peers: Iterable[str]) -> list[str]:
     """Those of `peers` that the row measures, with its floor."""
     chosen = [peer for peer in peers if row.starts or peer != "multiprocessing-spawn"]
+    if row.objects:
+        chosen = [peer for peer in chosen if peer in OBJECTS or ":" in peer]
     return [*chosen, FLOOR] if row.floor else chosen
 
 
@@ -108,7 +111,8 @@ def measure(
                 code = child.wait(settings.deadline)
                 failure = None if code == 0 else f"{_ending(code)} {_last_line(errors)}".strip()
             except subprocess.TimeoutExpired:
-                failure = f"not done after {settings.deadline:g} s, killed"
+                failure = f"not done after {settings.deadline:g} s, killed. {_last_line(errors)}"
+                failure = failure.removesuffix(". ")
             finally:
                 if child.returncode is None:
                     os.killpg(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The measurements: one generator a row, run in a fresh process (see `child`).
+"""The measurements of pools: one generator a row, run in a fresh process (see `child`).
 
 Each takes the case, the peer's adapter (None for the floor, which needs no peer) and the time to
 spend, and yields pairs of a metric's key (as in `rows`) and its value as soon as it has them: a
@@ -38,7 +38,7 @@ def empty(case: str, adapter: Adapter, seconds: float) -> Figures:
     chunksize = 1 if case == "chunksize=1" else None
     with adapter(WORKERS) as peer:
         _warm_up(peer, WORKERS)
-        yield case, _rate(lambda n: len(peer.map(tasks.nothing, range(n), chunksize)), seconds)
+        yield case, rate(lambda n: len(peer.map(tasks.nothing, range(n), chunksize)), seconds)
 
 
 def stream(case: str, adapter: Adapter, seconds: float) -> Figures:
@@ -46,7 +46,7 @@ def stream(case: str, adapter: Adapter, seconds: float) -> Figures:
     assert adapter is not None
     with adapter(WORKERS) as peer:
         _warm_up(peer, WORKERS)
-        yield case, _rate(lambda n: _count(peer.imap_unordered(tasks.nothing, range(n))), seconds)
+        yield case, rate(lambda n: _count(peer.imap_unordered(tasks.nothing, range(n))), seconds)
 
 
 def apply(case: str, adapter: Adapter, seconds: float) -> Figures:
@@ -173,7 +173,7 @@ def cpu(case: str, adapter: Adapter, seconds: float) -> Figures:
             spent = (used() - start) / count
             return done
 
-        _rate(run, seconds)
+        rate(run, seconds)
         yield "cpu", spent * 1e6
 
 
@@ -191,19 +191,21 @@ def _count(results: Iterator[object]) -> int:
     return sum(1 for _ in results)
 
 
-def _rate(run: Callable[[int], int], seconds: float) -> float:
+def rate(
+    run: Callable[[int], int], seconds: float, first: int = 64, most: int = MOST_TASKS
+) -> float:
     """Tasks/s of the last, longest call of `run`, which takes a count and returns what it did."""
-    count = 64
+    count = first
     while True:
         start = clock()
         done = run(count)
         took = clock() - start
         if done != count:
             raise RuntimeError(f"{count} tasks gave {done} results")
-        if took > 0.5 * seconds or count == MOST_TASKS:
+        if took > 0.5 * seconds or count == most:
             return count / took
         # Not more than tenfold at once: the first, small runs are no measure of the speed.
-        count = min(MOST_TASKS, 10 * count, max(2 * count, round(count * seconds / took)))
+        count = min(most, 10 * count, max(2 * count, round(count * seconds / took)))
 
 
 def _memory(pid: int) -> dict[str, float]:

@@ -3,6 +3,9 @@
 Creating an adapter imports the library and starts a pool of `workers` processes; leaving its `with`
 block closes the pool and waits until it is gone. `chunksize=None` is the peer's own default. A peer
 without a chunk size (dask) ignores it.
+
+Peers that have multiprocessing's other objects too, its queues and locks, give them by `context`
+(see `Objects`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,14 @@ if TYPE_CHECKING:
             self, func: Callable[[Any], Any], items: Iterable[Any], chunksize: int | None = None
         ) -> Iterator[Any]: ...
         def apply(self, func: Callable[[Any], Any], argument: Any) -> Any: ...
+
+    class Objects(Protocol):
+        """What a measurement may use of a peer's queues, pipes, locks and managers."""
+
+        @classmethod
+        def context(cls) -> Any: ...  # has Process, Queue, Pipe, Lock, Value, Manager
+        @staticmethod
+        def served_lock(context: Any) -> Any: ...  # a lock that other machines can have too
 
 
 class _Pool:
@@ -66,7 +77,15 @@ class Fiber(_Pool):
     statement = "import fiber"
 
     def __init__(self, workers: int) -> None:
-        self.pool = import_module("fiber").Pool(workers)
+        self.pool = self.context().Pool(workers)
+
+    @classmethod
+    def context(cls) -> Any:
+        return import_module("fiber")
+
+    @staticmethod
+    def served_lock(context: Any) -> Any:
+        return context.Lock()
 
 
 class Multiprocessing(_Pool):
@@ -74,8 +93,15 @@ class Multiprocessing(_Pool):
     start_method = "fork"
 
     def __init__(self, workers: int) -> None:
-        multiprocessing = import_module("multiprocessing")
-        self.pool = multiprocessing.get_context(self.start_method).Pool(workers)
+        self.pool = self.context().Pool(workers)
+
+    @classmethod
+    def context(cls) -> Any:
+        return import_module("multiprocessing").get_context(cls.start_method)
+
+    @staticmethod
+    def served_lock(context: Any) -> Any:
+        return context.Manager().Lock()  # the lock keeps its manager alive
 
 
 class MultiprocessingSpawn(Multiprocessing):
@@ -181,6 +207,10 @@ PEERS: dict[str, type[Peer]] = {
     "ray": Ray,
     "dask": Dask,
 }
+
+
+# Those with `Objects`.
+OBJECTS = ("fiber", "multiprocessing")
 
 
 def load(name: str) -> type[Peer]:

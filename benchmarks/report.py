@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Result
-from benchmarks.rows import BASELINE, FLOOR, ROWS, Metric, Row
+from benchmarks.rows import BASELINE, COUNTED, FLOOR, ROWS, Metric, Row
 
 BEGIN = "<!-- written by hand from here: a rerun keeps it -->"
 END = "<!-- to here -->"
@@ -33,6 +33,9 @@ READING = """\
 * An executor takes all tasks of a stream at once (`submit` for each), so that its master works
   through the whole stream before the first result is read.
 * fork shares the master's pages with the workers, so its workers are small until they write.
+* multiprocessing's `Lock` and `Value` are memory that the processes of one machine share, and no
+  message goes anywhere. Fiber's can be had from other machines, as those of a manager can: for the
+  lock, the ratio to the manager's is the one that says something.
 """
 
 
@@ -159,8 +162,7 @@ def _table(row: Row, data: dict[str, Any]) -> str:
     shown = [m for m in row.metrics if any(m.key in columns for columns in values.values())]
     header = ["peer"]
     for metric in shown:
-        unit = {"/s": "tasks/s"}.get(metric.unit, metric.unit)
-        header += [f"{metric.title}, {unit}" if unit else metric.title]
+        header += [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
         header += [heading for heading, _ in _ratios(row, metric)]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for peer, columns in values.items():
@@ -204,9 +206,9 @@ def _ratio(values: list[float | None], base: list[float | None]) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    if unit == "/s" and value >= 1e6:
+    if unit in COUNTED and value >= 1e6:
         return f"{_significant(value / 1e6)}M"
-    if unit == "/s" and value >= 1e3:
+    if unit in COUNTED and value >= 1e3:
         return f"{_significant(value / 1e3)}k"
     return _significant(value)
 

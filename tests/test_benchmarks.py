@@ -22,6 +22,12 @@ TITLES = (
     "Import",
     "Memory",
     "Processor time of the master",
+    "Small messages through a queue",
+    "Large messages through a queue",
+    "Pipe",
+    "Lock",
+    "Manager",
+    "Value",
 )
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -117,6 +123,45 @@ def test_a_peer_that_hangs_costs_its_own_figures_only(tmp_path: Path) -> None:
     assert row["values"]["stuck:Stuck"]["median"] == [None, None]
     assert all(value > 0 for value in row["values"]["multiprocessing"]["median"])
     assert "not done after 3 s" in output.read_text()
+
+
+def test_a_row_of_shared_objects_leaves_out_peers_that_have_none(tmp_path: Path) -> None:
+    output = tmp_path / "RESULTS.md"
+    benchmark(output, "value", "--peers", "multiprocessing", "concurrent.futures")
+    row = results(output)["value"]
+    assert list(row["values"]) == ["multiprocessing"]
+    assert not row["failures"]
+
+
+def test_messages_that_arrive_changed_give_no_figure(tmp_path: Path) -> None:
+    (tmp_path / "careless.py").write_text(
+        textwrap.dedent(
+            """
+            from types import SimpleNamespace
+            from benchmarks.peers import Multiprocessing
+
+            class Careless(Multiprocessing):
+                @classmethod
+                def context(cls):
+                    context = super().context()
+
+                    def queue():
+                        made = context.Queue()
+                        get = made.get
+                        made.get = lambda: (message := get()) and bytes(len(message))
+                        return made
+
+                    return SimpleNamespace(Queue=queue, Pipe=context.Pipe, Process=context.Process)
+            """
+        )
+    )
+    output = tmp_path / "RESULTS.md"
+    peers = ("--peers", "careless:Careless", "multiprocessing")
+    benchmark(output, "queue-large", *peers, "--deadline", "30", path=tmp_path)
+    row = results(output)["queue-large"]
+    assert row["values"]["careless:Careless"]["bytes-to-main"] == [None]
+    assert "bytes-to-main: exit code 1. RuntimeError" in row["failures"]["careless:Careless"][0]
+    assert row["values"]["multiprocessing"]["bytes-to-main"][0] > 0
 
 
 def test_an_unknown_row_or_peer_is_refused_with_what_there_is(tmp_path: Path) -> None:

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import types
 
 import fiber
 
-PUBLIC = {
-    # what multiprocessing has
-    "AuthenticationError",
-    "BufferTooShort",
-    "Pool",
-    "Process",
-    "ProcessError",
-    "TimeoutError",
-    "active_children",
-    "cpu_count",
-    "current_process",
-    "get_context",
-    "parent_process",
+PUBLIC = set(multiprocessing.__all__) | {
     # Fiber's own
     "ConfigError",
     "FiberContext",
     "FiberError",
+    "PeerDied",
     "PoolBroken",
     "PoolClosed",
     "PoolError",

@@ -15,19 +15,19 @@ each. Processes start on this machine, or where the configuration says (see `fib
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import importlib as _importlib
+from types import ModuleType as _ModuleType
 
 from fiber._version import __version__
 from fiber.config import config
 from fiber.context import (
     FiberContext,
-    default,
     get_all_start_methods,
     get_context,
     get_start_method,
     set_start_method,
 )
+from fiber.context import default as _default
 from fiber.errors import (
     AuthenticationError,
     BufferTooShort,
@@ -50,28 +50,28 @@ from fiber.pool import Pool
 from fiber.process import Process, active_children, current_process, parent_process
 from fiber.resources import cpu_count, meta
 
-Array = default.Array
-Barrier = default.Barrier
-BoundedSemaphore = default.BoundedSemaphore
-Condition = default.Condition
-Event = default.Event
-JoinableQueue = default.JoinableQueue
-Lock = default.Lock
-Manager = default.Manager
-Pipe = default.Pipe
-Queue = default.Queue
-RLock = default.RLock
-RawArray = default.RawArray
-RawValue = default.RawValue
-Semaphore = default.Semaphore
-SimpleQueue = default.SimpleQueue
-Value = default.Value
-allow_connection_pickling = default.allow_connection_pickling
-freeze_support = default.freeze_support
-get_logger = default.get_logger
-log_to_stderr = default.log_to_stderr
-set_executable = default.set_executable
-set_forkserver_preload = default.set_forkserver_preload
+Array = _default.Array
+Barrier = _default.Barrier
+BoundedSemaphore = _default.BoundedSemaphore
+Condition = _default.Condition
+Event = _default.Event
+JoinableQueue = _default.JoinableQueue
+Lock = _default.Lock
+Manager = _default.Manager
+Pipe = _default.Pipe
+Queue = _default.Queue
+RLock = _default.RLock
+RawArray = _default.RawArray
+RawValue = _default.RawValue
+Semaphore = _default.Semaphore
+SimpleQueue = _default.SimpleQueue
+Value = _default.Value
+allow_connection_pickling = _default.allow_connection_pickling
+freeze_support = _default.freeze_support
+get_logger = _default.get_logger
+log_to_stderr = _default.log_to_stderr
+set_executable = _default.set_executable
+set_forkserver_preload = _default.set_forkserver_preload
 
 __all__ = [
     "Array",
@@ -124,6 +124,7 @@ __all__ = [
     "log_to_stderr",
     "meta",
     "parent_process",
+    "reducer",
     "reset",
     "set_executable",
     "set_forkserver_preload",
@@ -138,17 +139,22 @@ _MODULES = (
     "managers",
     "queues",
     "reduction",
+    "resource_sharer",
+    "resource_tracker",
     "shared_memory",
     "sharedctypes",
+    "spawn",
     "synchronize",
     "util",
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> _ModuleType:
     """Import what multiprocessing's users find as attributes, when it is asked for."""
+    if name == "reducer":  # as multiprocessing calls it
+        name = "reduction"
     if name in _MODULES:
-        return importlib.import_module(f"fiber.{name}")
+        return _importlib.import_module(f"fiber.{name}")
     raise AttributeError(f"module 'fiber' has no attribute {name!r}")
 
 
@@ -160,3 +166,7 @@ def init(**values: object) -> None:
 def reset() -> None:
     """Forget what code has configured: back to environment, `.fiberconfig` and defaults."""
     config.reset()
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

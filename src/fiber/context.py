@@ -241,6 +241,8 @@ class FiberContext(_Base):
 
     def set_forkserver_preload(self, module_names: list[str]) -> None:
         """Do nothing: the main module, with all that it imports, is loaded ahead anyway."""
+        if not all(isinstance(name, str) for name in module_names):
+            raise TypeError("module_names must be a list of strings")
 
     def _check_available(self) -> None:
         pass

@@ -8,14 +8,15 @@
     │   ├── PoolClosed (ValueError)     it was closed, and takes no more calls
     │   └── PoolTerminated              it was terminated while results were awaited
     ├── WorkerDied                      a task's worker died, more often than it may be retried
-    ├── TaskTimeout (TimeoutError)      a task took longer than its time-out
+    ├── TaskTimeout (WaitTimeout)       a task took longer than its time-out
     ├── PeerDied (ConnectionError, EOFError)  what an object needs lived in a process that is gone
     ├── SerializationError (TypeError)  something could not be pickled or unpickled on its way
+    │   └── MaybeEncodingError          the result of a task could not be pickled
     └── RemoteError                     stands in for a remote exception that cannot travel
 
     multiprocessing.ProcessError        is `fiber.ProcessError`, as are its other exceptions
     └── multiprocessing.TimeoutError
-        └── TimeoutError                a wait ran out; also a builtin TimeoutError
+        └── WaitTimeout (TimeoutError)  a wait ran out; the builtin one catches it as well
 
 A task's own exception arrives as its own type; its cause is a `RemoteTraceback` that prints the
 traceback of the worker.
@@ -24,8 +25,12 @@ traceback of the worker.
 from __future__ import annotations
 
 import builtins
-from multiprocessing.context import AuthenticationError, BufferTooShort, ProcessError
-from multiprocessing.context import TimeoutError as _MultiprocessingTimeout
+from multiprocessing.context import (
+    AuthenticationError,
+    BufferTooShort,
+    ProcessError,
+    TimeoutError,
+)
 from typing import Any
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "BufferTooShort",
     "ConfigError",
     "FiberError",
+    "MaybeEncodingError",
     "PeerDied",
     "PoolBroken",
     "PoolClosed",
@@ -45,6 +51,7 @@ __all__ = [
     "StartError",
     "TaskTimeout",
     "TimeoutError",
+    "WaitTimeout",
     "WorkerDied",
 ]
 
@@ -61,7 +68,7 @@ class StartError(FiberError, ProcessError):
     """A process, or the job that it should live in, did not start."""
 
 
-class TimeoutError(_MultiprocessingTimeout, builtins.TimeoutError):
+class WaitTimeout(TimeoutError, builtins.TimeoutError):
     """A wait ran out; caught as multiprocessing's `TimeoutError` and as the builtin one."""
 
 
@@ -89,6 +96,23 @@ class SerializationError(FiberError, TypeError):
     """An argument, a result or a function could not be pickled or unpickled."""
 
 
+class MaybeEncodingError(SerializationError):
+    """The result of a task could not be pickled; multiprocessing's pool has it by this name.
+
+    Attributes:
+        exc: the reason, as text.
+        value: the result, as text.
+    """
+
+    def __init__(self, message: str, exc: str = "", value: str = "") -> None:
+        super().__init__(message)
+        self.exc = exc
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.exc, self.value)
+
+
 class RemoteError(FiberError):
     """Stands in for a remote exception that cannot be pickled; it prints the same.
 
@@ -112,6 +136,11 @@ class RemoteTraceback(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
+
+    @property
+    def tb(self) -> str:
+        """The text, as multiprocessing calls it."""
+        return self.text
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'
@@ -149,7 +178,7 @@ class WorkerDied(FiberError):
         return type(self), (*self.args, *facts)
 
 
-class TaskTimeout(FiberError, TimeoutError):
+class TaskTimeout(FiberError, WaitTimeout):
     """A task took longer than its time-out; its worker was ended, other items go on.
 
     Attributes:

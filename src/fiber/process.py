@@ -23,6 +23,8 @@ from fiber.config import config
 from fiber.errors import StartError
 from fiber.resources import Resources, gpu_environment, meta_of
 from fiber.runtime import main, session
+from fiber.runtime.agents import Child
+from fiber.runtime.descriptors import Descriptor, DupFd
 from fiber.wire.pickling import dumps
 
 __all__ = ["Popen", "Process", "active_children", "current_process", "parent_process"]
@@ -30,6 +32,12 @@ __all__ = ["Popen", "Process", "active_children", "current_process", "parent_pro
 active_children = _mp_process.active_children
 current_process = _mp_process.current_process
 parent_process = _mp_process.parent_process
+
+
+def __getattr__(name: str) -> Any:
+    """Return what else multiprocessing.process has, such as `BaseProcess`."""
+    return getattr(_mp_process, name)
+
 
 _slots = 0  # counts processes that asked for GPUs, to spread them
 
@@ -104,6 +112,16 @@ class Process(_mp_process.BaseProcess):
     def _resources(self) -> Resources:
         return meta_of(self._target or self.run)
 
+    def adopt(self, child: Child) -> None:
+        """It was started otherwise, as `child`: let it be seen as if by `start`."""
+        self._popen = Popen.of(child)
+        self._sentinel = None
+        _mp_process._children.add(self)  # type: ignore[attr-defined]
+
+    def release(self) -> None:
+        """It has ended: `active_children` need not show it any more."""
+        _mp_process._children.discard(self)  # type: ignore[attr-defined]
+
 
 def _forget_after_fork() -> None:
     """In a child of `os.fork`: the processes are the parent's, not ours to collect or to end."""
@@ -118,6 +136,7 @@ class Popen:
     """The life of one started process, as `BaseProcess` wants to see it."""
 
     method = "fiber"
+    DupFd = DupFd
 
     def __init__(self, process: Process) -> None:
         self._sentinel: tuple[int, int] | None = None
@@ -126,16 +145,38 @@ class Popen:
         resources = process._resources()
         cpu = resources.cpu or config.cpu_per_job
         agent = self._session.agent(process._backend or registry.chosen(), cpu)
-        data = pickle_process(process, self, agent.names)
-        with self._session.loop:
-            self.child = self._session.spawn(
-                agent, process.name, data, cpu=cpu, extra_environment=gpus_of(resources)
-            )
-        self._session.loop.wait(self.child.started)
+        self._takes_fds = agent.takes_fds
+        self._fds: list[Descriptor] = []
+        try:
+            data = pickle_process(process, self, agent.names)
+            with self._session.loop:
+                self.child = self._session.spawn(
+                    agent,
+                    process.name,
+                    data,
+                    cpu=cpu,
+                    extra_environment=gpus_of(resources),
+                    fds=self._fds,
+                )
+            self._session.loop.wait(self.child.started)
+        finally:
+            self._fds.clear()
         if self.child.error is not None:
             raise StartError(f"process {process.name} did not start: {self.child.error}")
-        assert self.child.pid is not None
-        self.pid = self.child.pid
+
+    @property
+    def pid(self) -> int | None:
+        """Its real process ID; None if it has not started yet."""
+        return self.child.pid
+
+    @classmethod
+    def of(cls, child: Child) -> Popen:
+        """Return what stands for a process that was started by other means. Within the loop."""
+        popen = cls.__new__(cls)
+        popen._sentinel = popen.returncode = None
+        popen._session = session.current()
+        popen.child = child
+        return popen
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code, None if it runs."""
@@ -197,11 +238,14 @@ class Popen:
             self._sentinel = (read_end, -1)
 
     def duplicate_for_child(self, fd: int) -> int:
-        """Refuse: descriptors of multiprocessing's own objects cannot travel to other machines."""
-        raise TypeError(
-            "an object of multiprocessing that holds a file descriptor cannot be passed to a "
-            "process of Fiber; use Fiber's own"
-        )
+        """Have a duplicate of `fd` go along with the process; return what `DupFd` wants."""
+        if not self._takes_fds:
+            raise TypeError(
+                "an object that holds a file descriptor cannot be passed to a process of another "
+                "machine"
+            )
+        self._fds.append(Descriptor.duplicate(fd))
+        return len(self._fds) - 1
 
     def close(self) -> None:
         """Free what is held for the process."""
@@ -235,7 +279,7 @@ def pickle_process(process: Process, popen: object, names: frozenset[str]) -> by
     # multiprocessing's own objects may be pickled only while a process is being started.
     _mp_context.set_spawning_popen(popen)  # type: ignore[arg-type]
     try:
-        packed = dumps(process, main.missing(names))
+        packed = dumps(process, main.missing(names), share=True)
     finally:
         _mp_context.set_spawning_popen(None)
     return pickle.dumps((packed.data, [bytes(buffer) for buffer in packed.buffers]))

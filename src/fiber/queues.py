@@ -29,17 +29,23 @@ from typing import Any
 
 from fiber.errors import PeerDied
 from fiber.runtime import session
+from fiber.runtime.loop import Event
 from fiber.runtime.refs import Here, Peer, Ref, Way, lookup, serve
 from fiber.served.queue import PARTS, Item, ServedQueue
+from fiber.wire.blocks import Block
 from fiber.wire.framing import Buffer
-from fiber.wire.pickling import PLAIN, dumps, loads
+from fiber.wire.pickling import PLAIN, PROTOCOL, dumps, loads
 
 __all__ = ["Empty", "Full", "JoinableQueue", "Queue", "SimpleQueue"]
 
 _BURST = 0.0002  # seconds: what is put so soon after the last sending waits for more
 _MANY = 16  # items sent together that tell that this thread is busy with putting
+_PAUSE = 0.002  # seconds that a put waits, at the most, for shared memory to be used again
 _TAIL = 0.001  # seconds after which it is sent at the latest
 _LARGE = 1 << 14  # bytes: a larger item travels alone, and is not copied into a batch
+_WHOLE = b"whole"
+"""Begins a list whose second and last part is no pickle but the object, large bytes."""
+
 _SIZED = frozenset({bytes, str})
 _NUMBERS = PLAIN - _SIZED
 _QUICK = 0.0001  # seconds: who takes an item in less is granted several at a time
@@ -97,9 +103,14 @@ class QueueRef(Ref):
         if type(item) is list:
             way = self.way
             way.connect()
+            item = self._lend(item, way)
             with way.loop:
                 self._send(way)
-                way.cast(self.id, "put", (), item)
+                if type(item) is list:
+                    way.cast(self.id, "put", (), item)
+                else:
+                    way.cast(self.id, "put", ([item],), ())
+                way.loop.poll_within()  # blocks may have come back
             return
         self._pending.append(item)
         if monotonic() > self._send_at:
@@ -112,9 +123,31 @@ class QueueRef(Ref):
 
     def put_one(self, item: Item, seconds: float | None) -> bool:
         """Put an item into a queue with bounds; return whether there was room in time."""
+        if type(item) is list:
+            way = self.way
+            way.connect()
+            item = self._lend(item, way)
         facts, buffers = ((None, seconds), item) if type(item) is list else ((item, seconds), ())
         call = self.call_for("put_one", facts, buffers, timeout=seconds)
         return call is not None and bool(call.result)
+
+    def _lend(self, item: list[Buffer], way: Way) -> Item:
+        """Return the item as it shall travel: in a block, or else with buffers that are its own."""
+        whole = item[0] is _WHOLE
+        parts = item[1:] if whole else item
+        blocks = self.session.blocks
+        with way.loop:
+            if blocks.is_worth_waiting(sum(map(len, parts))):
+                back = Event()
+                blocks.on_back = back.set
+                way.loop.wait_within(back, monotonic() + _PAUSE)
+                blocks.on_back = None
+            block = blocks.lend(parts, whole=whole)
+        if block is not None:
+            return block
+        if whole:
+            return [pickle.dumps(item[1], PROTOCOL)]
+        return [item[0], *map(bytearray, item[1:])]
 
     def flush(self) -> None:
         """Send what is pending."""
@@ -170,7 +203,7 @@ class QueueRef(Ref):
             call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
             if call is None or call.result is None:
                 return None
-            return (call.buffers,) if call.result == PARTS else (call.result[0],)
+            return (call.result[0],)
         return self._get_remotely(seconds)
 
     def _get_remotely(self, seconds: float | None) -> tuple[Item] | None:
@@ -186,11 +219,37 @@ class QueueRef(Ref):
         if result is None:
             return None
         with self._mutex:
+            if type(result[0]) is Block:
+                # Read before it is counted: then it will be used again.
+                item = self._read(result[0])
+                self._count()
+                self.way.cast(self.id, "took", (self._taken,), ())
+                return (item,)
             self._count()
             if result == PARTS:
                 return (list(buffers),)
             self._ready.extend(result[1:])
         return (result[0],)
+
+    def _read(self, block: Block) -> Item:
+        """Return a copy of what is in a block."""
+        try:
+            found = self.session.reader.read(block)
+        except OSError as error:
+            raise PeerDied(f"an item is lost, for its shared memory is gone: {error}") from None
+        return [_WHOLE, found] if block.whole else found
+
+    def read(self, item: Item) -> Item:
+        """Return what a local item stands for."""
+        if type(item) is not Block:
+            return item
+        way = self.way
+        assert isinstance(way, Here)
+        try:
+            return self._read(item)
+        finally:
+            with way.loop:
+                way.home.block_read(item)
 
     def _count(self) -> None:
         """One more item was taken."""
@@ -234,6 +293,8 @@ def _pack(obj: object) -> Item:
     if kind in PLAIN:
         if kind not in _SIZED or len(obj) <= _LARGE:  # type: ignore[arg-type]
             return obj
+        if kind is bytes:
+            return [_WHOLE, obj]
     elif kind is tuple and _NUMBERS.issuperset(map(type, obj)):  # type: ignore[call-overload]
         return obj
     data, buffers, _ = dumps(obj, session.current().known_names())
@@ -246,7 +307,7 @@ def _unpack(item: Item) -> Any:
     if kind is bytearray:
         return pickle.loads(item)
     if kind is list:
-        return loads(item[0], item[1:])
+        return item[1] if item[0] is _WHOLE else loads(item[0], item[1:])
     return item
 
 
@@ -333,7 +394,7 @@ class Queue(_Base):
         found = self._ref.get(_seconds(block, timeout))
         if found is None:
             raise Empty
-        return _unpack(found[0])
+        return _unpack(self._ref.read(found[0]))
 
     def put_nowait(self, obj: Any) -> None:
         """As `put(obj, False)`."""
@@ -413,7 +474,7 @@ class SimpleQueue(_Base):
         self._check_open()
         found = self._ref.get(None)
         assert found is not None
-        return _unpack(found[0])
+        return _unpack(self._ref.read(found[0]))
 
     def empty(self) -> bool:
         """Return whether nothing is in it now."""

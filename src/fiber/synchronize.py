@@ -130,6 +130,11 @@ class _SemLock(_Shared):
     ) -> None:
         self.release()
 
+    @property
+    def _semlock(self) -> _SemLockFacts:
+        """What libraries read of multiprocessing's private `_semlock`."""
+        return _SemLockFacts(self._ref)
+
     def _is_mine(self) -> bool:
         return self._ref.is_mine
 
@@ -145,6 +150,26 @@ class _SemLock(_Shared):
         if value > 0:
             return "None", 0
         return ("SomeOtherThread" if mine else "SomeOtherProcess"), "nonzero"
+
+
+class _SemLockFacts:
+    """Answers what `_multiprocessing.SemLock` answers."""
+
+    def __init__(self, ref: LockRef) -> None:
+        self._ref = ref
+
+    def _get_value(self) -> int:
+        value: int = self._ref.call("look")[0]
+        return value
+
+    def _is_zero(self) -> bool:
+        return self._get_value() == 0
+
+    def _is_mine(self) -> bool:
+        return self._ref.is_mine
+
+    def _count(self) -> int:
+        return self._ref.count
 
 
 class Semaphore(_SemLock):

@@ -5,6 +5,7 @@ Their runs repeat for a fixed seed, so the numbers asserted here are far from th
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -130,3 +131,34 @@ def test_mcmc_finds_the_orbit_and_the_pool_walks_the_same_chain(tmp_path: Path) 
     assert all(float(spread) < 1 for spread, _ in off), output
     assert "the same chain" in output
     assert number_after("Speed-up:", output) > 0
+
+
+@pytest.mark.timeout(DEADLINE + 20)
+@pytest.mark.parametrize("members", [1, 3])
+def test_ring_average_gives_every_member_the_average(tmp_path: Path, members: int) -> None:
+    output = run(
+        tmp_path, "ring_average.py", "--processes", str(members), "--size", "200000", "--seed", "0"
+    )
+    rows = [line.split() for line in output.splitlines()[1:]]
+    assert [row[0] for row in rows] == [str(rank) for rank in range(members)]
+    before = [float(row[1]) for row in rows]
+    assert before == pytest.approx(list(range(members)), abs=0.02)
+    for row in rows:
+        assert float(row[2]) == pytest.approx(sum(before) / members, abs=1e-3)
+        assert float(row[3]) < 1e-9
+
+
+@pytest.mark.timeout(DEADLINE + 20)
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_ring_torch_learns_the_same_on_any_number_of_members(tmp_path: Path) -> None:
+    curves = []
+    for members in ("1", "2"):
+        output = run(tmp_path, "ring_torch.py", "--processes", members, "--epochs", "4")
+        assert f"Every member of {members} has the same network" in output
+        numbers = re.findall(r"loss (\d\.\d+) +test accuracy (\d\.\d+)", output)
+        curves.append([float(number) for pair in numbers for number in pair])
+    assert len(curves[0]) == 8
+    assert curves[0][0] > 2 * curves[0][-2]
+    assert curves[0][-1] > 0.9
+    # Sums over members are rounded in another order.
+    assert curves[1] == pytest.approx(curves[0], abs=0.01)

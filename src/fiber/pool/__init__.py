@@ -21,24 +21,40 @@ from types import FunctionType, TracebackType
 from typing import Any
 
 from fiber.backends import registry
-from fiber.errors import PoolError
+from fiber.errors import MaybeEncodingError, PoolError, RemoteTraceback
 from fiber.pool.calls import Options
 from fiber.pool.crew import Settings
 from fiber.pool.master import Master, PoolStats
 from fiber.pool.protocol import APPLY, MAP, STARMAP
 from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
 from fiber.pool.source import SEQUENCES
+from fiber.process import Process
 from fiber.resources import Resources, cpu_count, meta_of
 from fiber.runtime.loop import Loop
 
 __all__ = [
+    "ApplyResult",
     "AsyncResult",
     "IMapIterator",
     "IMapUnorderedIterator",
     "MapResult",
+    "MaybeEncodingError",
     "Pool",
     "PoolStats",
+    "RemoteTraceback",
 ]
+
+ApplyResult = AsyncResult
+
+
+def __getattr__(name: str) -> Any:
+    """Return what else programs take from multiprocessing.pool, such as `ThreadPool`."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from multiprocessing import pool  # slow, and seldom asked for
+
+    return getattr(pool, name)
+
 
 Function = Callable[..., Any]
 Callback = Callable[[Any], object]
@@ -87,7 +103,10 @@ class Pool:
             processes = cpu_count()
         processes = _integer("processes", processes, 1)
         if maxtasksperchild is not None:
-            maxtasksperchild = _integer("maxtasksperchild", maxtasksperchild, 1)
+            try:
+                maxtasksperchild = _integer("maxtasksperchild", maxtasksperchild, 1)
+            except TypeError as error:
+                raise ValueError(str(error)) from None  # as multiprocessing
         retries, timeout = _limits(retries, timeout)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -383,7 +402,12 @@ class Pool:
     def __del__(self) -> None:
         master = self._master
         if master is not None and not master.closing and not master.loop.closed:
-            warnings.warn(f"unclosed running {self!r}", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"unclosed running multiprocessing pool {self!r}",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
             self._finalizer.cancel()
             master.loop.call_soon(master.terminate)
 
@@ -403,6 +427,17 @@ class Pool:
         self._loop.poll()
         with self._loop:
             return self._master.stats()
+
+    @property
+    def _pool(self) -> list[Process]:
+        """The workers, by multiprocessing's private name for them, which libraries read."""
+        assert self._master is not None
+        with self._loop:
+            return self._master.processes()
+
+    @property
+    def _processes(self) -> int:
+        return self._settings.processes
 
     def pids(self) -> list[int]:
         """Return the process IDs of the workers."""

@@ -22,7 +22,7 @@ from fiber.config import config
 from fiber.errors import PoolBroken
 from fiber.pool import protocol
 from fiber.pool.workerprocess import WorkerProcess
-from fiber.process import gpus_of, pickle_process
+from fiber.process import Process, gpus_of, pickle_process
 from fiber.resources import Resources
 from fiber.runtime import main, session
 from fiber.runtime.agents import Child
@@ -56,15 +56,17 @@ class Worker:
 
     Attributes:
         id: its number.
-        child: its process.
+        child: its process, as the agent has it.
+        process: the same, as `active_children` shows it.
         link: to it, once it has connected.
         up: whether it takes batches.
         stopping: whether it was asked to end.
     """
 
-    def __init__(self, id: int, child: Child) -> None:
+    def __init__(self, id: int, child: Child, process: Process) -> None:
         self.id = id
         self.child = child
+        self.process = process
         self.link: Link | None = None
         self.up = False
         self.stopping = False
@@ -207,17 +209,19 @@ class Crew:
             capture_stderr=True,
             ignore_interrupt=True,
         )
-        worker = self.workers[number] = Worker(number, child)
+        worker = self.workers[number] = Worker(number, child, process)
         endpoint.expect(token, lambda link, hello: self._arrived(worker, link))
 
         def ended() -> None:
             endpoint.forget(token)
+            process.release()
             self._ended(worker)
 
         if child.ended.is_set:
             ended()
             return
         child.on_ended = ended
+        process.adopt(child)
         late = self._session.loop.call_later(config.start_timeout, lambda: self._too_late(worker))
         worker.set_timer(late)
 

@@ -33,6 +33,7 @@ from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import source_of
+from fiber.process import Process
 from fiber.resources import Resources
 from fiber.runtime import session
 from fiber.runtime.loop import Event
@@ -289,8 +290,10 @@ class Master:
             if len(items) > 1:
                 self._scheduler.unloadable(batch.id)  # one by one, to find which
                 return
-            text = f"{call.describe(batch.start)} cannot be sent to a worker: {reason(error)}"
-            self._settle_failed(batch, SerializationError(text))
+            if isinstance(error, SerializationError) or not isinstance(error, Exception):
+                text = f"{call.describe(batch.start)} cannot be sent to a worker: {reason(error)}"
+                error = SerializationError(text)
+            self._settle_failed(batch, error)
             return
         self._scheduler.weigh(call.id, (len(data) + sum(map(len, buffers))) / len(items))
         function, function_buffers = b"", ()
@@ -501,6 +504,10 @@ class Master:
             died=self._crew.died,
             seconds=self._seconds,
         )
+
+    def processes(self) -> list[Process]:
+        """Return the workers that have not ended."""
+        return [worker.process for worker in self._crew.workers.values()]
 
     def pids(self) -> list[int]:
         """Return the process IDs of the workers that run."""

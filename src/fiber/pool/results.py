@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
-from fiber.errors import TimeoutError
+from fiber.errors import WaitTimeout
 from fiber.runtime.loop import Event, Loop
 
 __all__ = ["AsyncResult", "IMapIterator", "IMapUnorderedIterator", "MapResult"]
@@ -108,7 +108,7 @@ class AsyncResult:
         """
         self.wait(timeout)
         if not self._event.is_set:
-            raise TimeoutError(f"no result after {timeout:g} seconds")
+            raise WaitTimeout(f"no result after {timeout:g} seconds")
         if self._error is not None:
             raise self._error
         return self._value
@@ -277,7 +277,7 @@ class IMapUnorderedIterator:
                 continue
             left = None if deadline is None else max(0.0, deadline - monotonic())
             if not self._master.loop.wait(event, left):
-                raise TimeoutError(f"no result after {timeout:g} seconds")
+                raise WaitTimeout(f"no result after {timeout:g} seconds")
 
     def _take(self) -> Event | None:
         """Make the next segment the current one; return what to wait for if there is none."""

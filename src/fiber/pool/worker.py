@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fiber.errors import SerializationError
+from fiber.errors import MaybeEncodingError, SerializationError
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
@@ -44,7 +44,7 @@ from fiber.runtime.endpoint import HELLO
 from fiber.runtime.poller import Patience
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Buffer, Frame
-from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads
+from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
 
 __all__ = ["run"]
 
@@ -85,9 +85,18 @@ def _pickle(value: object, last: bool) -> _Pickled:
         except Exception:
             packed = dumps(value)  # by value, or it says why not
             return _Pickled(Packed(packed.data, [bytes(buffer) for buffer in packed.buffers]))
-    except SerializationError as error:
+    except Exception as error:
         what = f"the result of the task, a {type(value).__name__}, cannot be pickled"
-        raise SerializationError(f"{what}: {error}") from error.__cause__
+        why = str(error) if isinstance(error, SerializationError) else reason(error)
+        cause = error.__cause__ or error
+        raise MaybeEncodingError(f"{what}: {why}", repr(cause), _text_of(value)) from cause
+
+
+def _text_of(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return object.__repr__(value)
 
 
 class _Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fiber.pool import worker
 from fiber.process import Process
+from fiber.runtime import session
 
 __all__ = ["WorkerProcess"]
 
@@ -18,4 +19,5 @@ class WorkerProcess(Process):
 
     def run(self) -> None:
         """Work until the master says stop."""
+        session.supervise()
         worker.run(self._address, self._token)

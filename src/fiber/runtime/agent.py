@@ -170,7 +170,7 @@ class Agent:
             _leave(self.folder)
 
     def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
-        """Start a process for `client`."""
+        """Start a process for `client`; `fds`: standard output and error, and what goes along."""
         if self._leaving:
             for fd in fds:
                 os.close(fd)
@@ -188,7 +188,7 @@ class Agent:
                     read_end, write_end = os.pipe()
                     stack.callback(os.close, write_end)
                     stderr = _Stream(self, read_end, os.dup(fds[1]))
-                    fds = [fds[0], write_end]
+                    fds = [fds[0], write_end, *fds[2:]]
                 if self.forks:
                     # What comes before the child has its own handlers waits until it has them.
                     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -220,11 +220,11 @@ class Agent:
             for fd in self.wake_fds:
                 os.close(fd)
             for client in self.clients:
-                client.link.channel.sock.close()
+                client.link.channel.close()
             for stream in self.streams:
                 stream.abandon()
             self.loop.abandon()
-            code = child_process.run(self._facts(), request, upstream, fds)
+            code = child_process.run(self._facts(), request, upstream, fds[:2], fds[2:])
         except BaseException:
             traceback.print_exc()
         finally:
@@ -293,12 +293,11 @@ class _Client:
             return
         key, fact = pickle.loads(frame.body)
         if frame.kind == SPAWN:
-            received = self.link.channel.fds
-            if len(received) < fact["fds"]:  # the system dropped them, for there are too many open
+            fds = self.link.channel.take_fds(fact["fds"])
+            if not fds:
                 reason = "its agent has no file descriptors left (see ulimit -n)"
                 self.link.post(FAILED, pickle.dumps((key, reason)))
                 return
-            fds = [received.popleft() for _ in range(fact["fds"])]
             self.agent.spawn(self, key, fact, fds)
         elif frame.kind == SIGNAL:
             for process in self.agent.processes.values():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -186,6 +187,11 @@ class Agent:
     def usable(self) -> bool:
         """Whether processes can be started through it, now or soon."""
         return self.error is None and not self.ending
+
+    @property
+    def takes_fds(self) -> bool:
+        """Whether file descriptors can go along with a process: whether it is on this machine."""
+        return self._link is not None and self._link.channel.sock.family == socket.AF_UNIX
 
     def spawn(self, name: str, request: Mapping[str, Any], fds: Any = ()) -> Child:
         """Have a process started, as soon as the agent is ready."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fiber.config import config
-from fiber.runtime import logs, session
+from fiber.runtime import descriptors, logs, session
 from fiber.runtime import main as main_module
 
 __all__ = ["flush", "prepare", "run", "run_fresh", "start_fresh"]
@@ -45,7 +45,11 @@ def prepare(modules: Iterable[str]) -> None:
 
 
 def run(
-    facts: dict[str, Any], request: dict[str, Any], upstream: socket.socket, fds: list[int]
+    facts: dict[str, Any],
+    request: dict[str, Any],
+    upstream: socket.socket,
+    streams: list[int],
+    fds: list[int],
 ) -> int:
     """Run the requested process here; return its exit code.
 
@@ -53,7 +57,8 @@ def run(
         facts: of the session, from the agent.
         request: see `Session.spawn`.
         upstream: the connection to the agent, which also tells it that this process lives.
-        fds: standard output and error.
+        streams: standard output and error, unless they are in place.
+        fds: the descriptors that go along with the process object.
     """
     if _prctl is not None:
         # The agent kills us when our parent is gone; should the agent itself be killed, the
@@ -64,7 +69,7 @@ def run(
     resource.setrlimit(resource.RLIMIT_NOFILE, facts["limit"])
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # as CPython does for `random`: or all would be alike
-    for number, fd in enumerate(fds, 1):
+    for number, fd in enumerate(streams, 1):
         os.dup2(fd, number)
         os.close(fd)
     if request["ignore_interrupt"]:
@@ -93,7 +98,8 @@ def run(
         faulthandler.enable(file=2, all_threads=False)
     try:
         data, buffers = pickle.loads(request["process"])
-        process = pickle.loads(data, buffers=buffers)
+        with descriptors.going_along(fds):
+            process = pickle.loads(data, buffers=buffers)
     except Exception:
         print(f"fiber: the process {request['name']} cannot be unpickled:", file=sys.stderr)
         traceback.print_exc()
@@ -144,10 +150,10 @@ def start_fresh(
         stdin=subprocess.DEVNULL,
         stdout=fds[0],
         stderr=fds[1],
-        pass_fds=[theirs.fileno()],
+        pass_fds=[theirs.fileno(), *fds[2:]],
     )
     popen.returncode = 0  # the agent reaps it
-    data = pickle.dumps((facts, request))
+    data = pickle.dumps((facts, request, fds[2:]))
     ours.sendall(_SIZE.pack(len(data)) + data)
     return popen.pid
 
@@ -158,14 +164,16 @@ def run_fresh(fd: int) -> None:
     os.set_inheritable(fd, False)
     with upstream.makefile("rb") as file:
         (size,) = _SIZE.unpack(file.read(_SIZE.size))
-        facts, request = pickle.loads(file.read(size))
+        facts, request, fds = pickle.loads(file.read(size))
+    for fd in fds:
+        os.set_inheritable(fd, False)
     code = 1
     try:
         prepare(facts["modules"])
         sys.path[:] = request["sys_path"]
         sys.argv[:] = request["argv"]
         facts["names"] = main_module.load(facts["main"])
-        code = run(facts, request, upstream, [])
+        code = run(facts, request, upstream, [], fds)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

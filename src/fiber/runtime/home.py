@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiber.runtime.logs import DEBUG, log
 from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.wire.blocks import Block, Blocks, Reader, remove
 from fiber.wire.framing import Buffer, Frame
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "CALL",
     "CANCEL",
     "CAST",
+    "FREE",
     "GOODBYE",
     "LEASE",
     "NOTE",
@@ -52,8 +54,8 @@ __all__ = [
 SERVICE = "home"
 """What a caller of the endpoint asks for in its hello."""
 
-CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, NOTE = range(32, 42)
-"""Kinds of frames: the last two come from a home, the others go to it."""
+CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, NOTE, FREE = range(32, 43)
+"""Kinds of frames: the last three come from a home, the others go to it."""
 
 _LEASE = 60.0  # seconds that an object without a user is kept once it was pickled
 
@@ -76,6 +78,7 @@ class Client:
         self.supervised: bool = facts.get("supervised", False)
         self.uses: set[Served] = set()
         self.requests: dict[int, Request] = {}  # not answered yet
+        self.blocks: set[str] = set()  # that came from it, of shared memory
         self.counts: memoryview | None = None
         self._dismissed = False
 
@@ -215,6 +218,9 @@ class Home:
         self.objects: dict[int, Served] = {}
         self.forgiven: Callable[[int], bool] = lambda pid: False
         """Whether the process with that ID was told to end, so that its death is no surprise."""
+        self.own_blocks: Blocks | None = None
+        self.reader = Reader()
+        self._blocks: dict[str, Client] = {}  # that wait to be read, and whose they are
         self._dropping: dict[Served, Timer] = {}
         endpoint.serve(SERVICE, self._arrived)
 
@@ -239,6 +245,26 @@ class Home:
             getattr(served, "do_" + method)(request, *args)
         except (ValueError, AssertionError, RuntimeError, OSError) as error:
             request.fail(error)
+
+    def block_came(self, client: Client, block: Block) -> None:
+        """A block is here to be read."""
+        client.blocks.add(block.path)
+        self._blocks[block.path] = client
+
+    def block_read(self, block: Block) -> None:
+        """It was read: its owner may use it again, and if it is gone, so is the block."""
+        client = self._blocks.pop(block.path, None)
+        if client is None or client is self.me:
+            if self.own_blocks is not None:
+                self.own_blocks.take_back(block.path)
+        elif client in self.clients and client.link is not None:
+            client.link.post(FREE, pickle.dumps(block.path))
+        else:
+            self._remove(block.path)
+
+    def _remove(self, path: str) -> None:
+        self.reader.forget(path)
+        remove(path)
 
     def attach(self, client: Client, target: int) -> None:
         """`client` has a reference to the object."""
@@ -276,6 +302,8 @@ class Home:
             request.withdraw()
         for served in list(client.uses):
             self._leave(client, served, died)
+        for path in client.blocks - self._blocks.keys():
+            self._remove(path)
 
     def _leave(self, client: Client, served: Served, died: bool) -> None:
         served.users.discard(client)
@@ -304,3 +332,4 @@ class Home:
         for served in self.objects.values():
             served.dropped()
         self.objects.clear()
+        self.reader.close()

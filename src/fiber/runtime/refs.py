@@ -27,6 +27,7 @@ from fiber.runtime.home import (
     CALL,
     CANCEL,
     CAST,
+    FREE,
     GOODBYE,
     LEASE,
     NOTE,
@@ -232,6 +233,8 @@ class Peer:
             elif error is None:
                 call.undo(result)
             call.done.set()
+        elif frame.kind == FREE:
+            self._session.blocks.take_back(body)
         elif frame.kind == NOTE:
             target, facts = body
             ref = self._session.refs.get((self.address, target))
@@ -325,6 +328,12 @@ class Ref:
             self._way = session.way(self.address)
         assert self._way is not None
         return self._way
+
+    @property
+    def session(self) -> Session:
+        """This process's part in the session, as of the last use of `way`."""
+        assert self._session is not None
+        return self._session
 
     @property
     def loop(self) -> Loop:

@@ -15,7 +15,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from multiprocessing.process import current_process
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -32,9 +32,11 @@ from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
+from fiber.wire.blocks import Blocks, Reader
 from fiber.wire.channel import Channel
 
 if TYPE_CHECKING:
+    from fiber.runtime.descriptors import Descriptor, Loans
     from fiber.runtime.home import Home
     from fiber.runtime.refs import Ref, Way
 
@@ -42,6 +44,7 @@ __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
 SECRET_FILE = "secret"
 _PREFIX = f"fiber-{os.getuid()}-"
+_MEMORY = "/dev/shm"  # not on macOS, where files have to do
 _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
 
 
@@ -56,6 +59,9 @@ class Session:
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
         self._home: Home | None = None
+        self.blocks = Blocks(self.memory_folder)
+        self.reader = Reader()
+        self._loans: Loans | None = None
         self._ways: dict[str, Way] = {}
         self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
         """References to served objects that this process has, by address and identity."""
@@ -76,8 +82,31 @@ class Session:
             from fiber.runtime.home import Home
 
             self._home = Home(self.loop, self.endpoint, self.identity()["name"])
+            self._home.own_blocks = self.blocks
             self._home.forgiven = self._was_told_to_end
         return self._home
+
+    @property
+    def loans(self) -> Loans:
+        """The file descriptors that this process has lent to others. Within the loop."""
+        if self._loans is None:
+            from fiber.runtime.descriptors import Loans
+
+            self._loans = Loans(self.loop, self.endpoint)
+        return self._loans
+
+    def loans_at(self, address: str) -> Loans | None:
+        """Return those of this process if they are asked for at `address`."""
+        loans = self._loans
+        return loans if loans is not None and loans.address == address else None
+
+    def memory_folder(self) -> str:
+        """Return the folder for files that are shared memory, made if it is not there."""
+        folder = memory_folder(self.folder)
+        if folder != self.folder:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+        return folder
 
     def way(self, address: str) -> Way:
         """Return the way to the home at `address`, which may be this process."""
@@ -179,6 +208,7 @@ class Session:
         extra_environment: dict[str, str] | None = None,
         capture_stderr: bool = False,
         ignore_interrupt: bool = False,
+        fds: Sequence[Descriptor] = (),
     ) -> Child:
         """Have `agent` start a process. Within the loop.
 
@@ -190,6 +220,7 @@ class Session:
             extra_environment: variables of its own.
             capture_stderr: keep the last lines that it writes to its standard error.
             ignore_interrupt: let it ignore SIGINT.
+            fds: what goes along with it; let go of when it is sent.
         """
         request = {
             "environment": {**environment(cpu), **(extra_environment or {})},
@@ -202,7 +233,7 @@ class Session:
             "capture_stderr": capture_stderr,
             "ignore_interrupt": ignore_interrupt or _ignores_interrupt(),
         }
-        return agent.spawn(name, request, standard_streams())
+        return agent.spawn(name, request, [*standard_streams(), *fds])
 
     def close(self, reason: BaseException | None = None, *, orderly: bool = True) -> None:
         """End this part; the master's end is the end of the session. `reason` as for the loop."""
@@ -214,10 +245,14 @@ class Session:
                 way.close(orderly)
             if self._home is not None:
                 self._home.close()
+            if self._loans is not None:
+                self._loans.close()
             for agent in self._agents.values():
                 agent.close()
             if self._endpoint is not None:
                 self._endpoint.close()
+            self.blocks.close()
+            self.reader.close()
         self.loop.close(reason)
         for agent in self._agents.values():
             agent.collect()
@@ -235,10 +270,14 @@ class Session:
                     log(WARNING, "what was put into a queue is lost: %s", error)
         for way in list(self._ways.values()):
             way.drain()
+        if self._loans is not None and self._lock is None:
+            self._loans.linger()
 
     def forget(self) -> None:
         """After `os.fork`, in the child: keep nothing of the parent's session open."""
         self.loop.forget()
+        if self._loans is not None:
+            self._loans.forget()
         if self._lock is not None:
             os.close(self._lock)  # our copy; the parent's holds the lock
             self._lock = None
@@ -262,6 +301,13 @@ def _ignores_interrupt() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
+def memory_folder(folder: str) -> str:
+    """Return where a session whose folder is `folder` has its shared memory."""
+    if os.path.isdir(_MEMORY):
+        return os.path.join(_MEMORY, os.path.basename(folder))
+    return folder
+
+
 def _make_folder(secret: bytes) -> tuple[str, int]:
     """Make the session's folder; return it and a descriptor, locked while the master lives."""
     import tempfile  # not needed to import Fiber, and slow
@@ -280,12 +326,13 @@ def _make_folder(secret: bytes) -> tuple[str, int]:
 
 
 def remove_folder(folder: str) -> None:
-    """Remove a session's folder and what is in it."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
-        os.rmdir(folder)
+    """Remove a session's folder and its shared memory."""
+    for place in {memory_folder(folder), folder}:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(place):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(place, name))
+            os.rmdir(place)
 
 
 def sweep() -> None:
@@ -376,6 +423,13 @@ def _take_part() -> Session:
     return session
 
 
+def known_names() -> Container[str] | None:
+    """As `Session.known_names`; a process without a session has nobody who could lack a name."""
+    if _current is not None:
+        return _current.known_names()
+    return main.missing(_inherited["names"]) if _inherited else None
+
+
 def secret() -> bytes:
     """Return the secret of the session that this process belongs to."""
     inherited: bytes | None = _inherited.get("secret")
@@ -395,6 +449,11 @@ def inherit(**facts: Any) -> None:
     global _current
     _current = None
     _inherited.update(facts)
+
+
+def supervise() -> None:
+    """This process is looked after by another, such as a pool, that makes good for its death."""
+    _inherited["supervised"] = True
 
 
 def shutdown(reason: BaseException | None = None, *, orderly: bool = True) -> None:

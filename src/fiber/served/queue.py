@@ -21,12 +21,13 @@ from typing import Any
 
 from fiber.errors import PeerDied
 from fiber.runtime.home import Client, Home, Request, Served
+from fiber.wire.blocks import Block
 
 __all__ = ["PARTS", "Item", "ServedQueue"]
 
 Item = Any
-"""An object in a queue. A bytearray is its pickle, and a list its pickle with large buffers behind
-it; anything else is the object itself, which cannot change."""
+"""An object in a queue. A bytearray is its pickle, a list its pickle with large buffers behind it,
+a `Block` tells where these are; anything else is the object itself, which cannot change."""
 
 PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
@@ -34,6 +35,7 @@ PARTS = "parts"
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
 _GRANT = 1 << 16  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
+_ALONE = frozenset({list, Block})  # an item of these travels alone
 _SMALL = 32  # bytes: about what any other item takes
 
 
@@ -55,13 +57,15 @@ class _Lease:
         self._slot = slot
 
     def settle(self, client: Client, taken: int | None = None) -> None:
-        """Drop what was taken, as the process counts it."""
+        """Drop what was taken, as the process counts it, and give back its blocks."""
         if taken is None:
             taken = self.taken
             if self._slot >= 0 and client.counts is not None:
                 taken = client.counts[self._slot]
         while self.taken < taken and self.items:
-            self.items.popleft()
+            item = self.items.popleft()
+            if type(item) is Block:
+                client.home.block_read(item)
             self.taken += 1
 
 
@@ -97,6 +101,9 @@ class ServedQueue(Served):
             self.items.append(list(request.buffers))
             self._unfinished += 1
         else:
+            for item in items:
+                if type(item) is Block:
+                    self.home.block_came(request.client, item)
             self.items.extend(items)
             self._unfinished += len(items)
         if self._getters:
@@ -106,14 +113,17 @@ class ServedQueue(Served):
         """Append an item once there is room; answer whether there was, in time."""
         self._producers.add(request.client)
         whole = list(request.buffers) if request.buffers else item
+        if type(item) is Block:
+            self.home.block_came(request.client, item)
         if len(self.items) < self._maxsize and not self._putters:
             self._accept(request, whole)
             self._serve()
         elif seconds == 0:
+            self._free(whole)
             request.answer(False)
         else:
             self._putters[request] = whole
-            request.on_withdrawn = lambda: self._putters.pop(request, None)
+            request.on_withdrawn = lambda: self._refuse(request)
             request.expire(seconds, lambda: self._refuse(request))
 
     def do_get(
@@ -218,8 +228,13 @@ class ServedQueue(Served):
         request.answer(True)
 
     def _refuse(self, request: Request) -> None:
-        del self._putters[request]
+        self._free(self._putters.pop(request))
         request.answer(False)
+
+    def _free(self, item: Item) -> None:
+        """Nobody will read it."""
+        if type(item) is Block:
+            self.home.block_read(item)
 
     def _grant(self, request: Request) -> None:
         """Answer a getter with the first items."""
@@ -231,19 +246,18 @@ class ServedQueue(Served):
         want = self._getters[request]
         self._forget(request)
         lease = self._leases.get(client)
-        if type(first) is list:
-            if lease is not None:
-                lease.items.append(first)
+        granted = [first]
+        if type(first) is list and lease is not None:
+            lease.items.append(first)
             request.answer(PARTS, first)
             return
-        granted = [first]
         if lease is not None:
             share = len(self.items) // len(self._leases)
             size = 0
-            while len(granted) < min(want, share):
+            while len(granted) < min(want, share) and type(first) is not Block:
                 item = self.items[0]
                 size += len(item) if type(item) in _SIZED else _SMALL
-                if type(item) is list or size > _GRANT:
+                if type(item) in _ALONE or size > _GRANT:
                     break
                 granted.append(item)
                 self.items.popleft()
@@ -323,4 +337,6 @@ class ServedQueue(Served):
         self._check_joiners()
 
     def dropped(self) -> None:
+        for item in self.items:
+            self._free(item)
         self.items.clear()

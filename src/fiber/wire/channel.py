@@ -21,6 +21,9 @@ from fiber.wire.framing import READ_SIZE, Buffer, Frame, FrameReader, encode
 __all__ = ["Channel", "connect"]
 
 _PIECES = 512  # pieces for one sendmsg; the system's limit is 1024
+_MAX_FDS = 250  # descriptors for one sendmsg; Linux's limit is 253
+_CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_LOST = -1
 
 
 class Channel:
@@ -41,8 +44,17 @@ class Channel:
     def post(
         self, kind: int, body: Buffer, buffers: Sequence[Buffer] = (), fds: Sequence[int] = ()
     ) -> None:
-        """Put a frame into the outbox; `fds` (Unix sockets only) are sent with its first bytes."""
+        """Put a frame into the outbox; `fds` (Unix sockets only) are sent with its first bytes.
+
+        They may be objects that own a descriptor (see `runtime.descriptors`): what must live until
+        it is sent.
+        """
         first, *others = encode(kind, body, buffers)
+        if len(fds) > _MAX_FDS * len(first):
+            raise ValueError(f"{len(fds)} file descriptors are more than a frame can take along")
+        while len(fds) > _MAX_FDS:
+            self._outbox.append((first[:1], fds[:_MAX_FDS]))
+            first, fds = first[1:], fds[_MAX_FDS:]
         self._outbox.append((first, fds))
         for piece in others:
             self._outbox.append((piece, ()))
@@ -94,17 +106,39 @@ class Channel:
         """Return the frames that one `recv` completed, perhaps none; see `FrameReader.read`."""
         if not self.takes_fds:
             return self._reader.read()
-        data, fds, _, _ = socket.recv_fds(self.sock, READ_SIZE, 64)
+        data, fds, flags, _ = socket.recv_fds(self.sock, READ_SIZE, _MAX_FDS, _CLOEXEC)
         self.fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            self.fds.append(_LOST)
         if not data:
             raise EOFError
         return self._reader.feed(data)
 
+    def take_fds(self, count: int) -> list[int]:
+        """Take out the descriptors of a frame that says it brought `count`.
+
+        Returns:
+            All of them; none if the system dropped some, because this process has too many open.
+        """
+        if len(self.fds) >= count:
+            taken = [self.fds.popleft() for _ in range(count)]
+            if _LOST not in taken:
+                return taken
+            # Those that follow, if any, may be of this frame or of the next: better none at all.
+            self.fds.extendleft(taken)
+        self._close_fds()
+        return []
+
+    def _close_fds(self) -> None:
+        while self.fds:
+            fd = self.fds.popleft()
+            if fd != _LOST:
+                os.close(fd)
+
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took."""
         self._outbox.clear()
-        while self.fds:
-            os.close(self.fds.popleft())
+        self._close_fds()
         self.sock.close()
 
 

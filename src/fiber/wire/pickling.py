@@ -9,27 +9,37 @@ A function of `__main__` that travels by value runs in the `__main__` of the pro
 it: the globals that it uses are set there, so that it shares them with what came before and after
 it, as it does at home. A global that the receiver has changed since stays as it is until the sender
 binds the name to another object.
+
+What multiprocessing and other libraries have registered with its `ForkingPickler` is heeded in one
+of two ways: to share (a tensor, whose receiver sees what the sender writes into it), or only for
+what could not be pickled otherwise (a socket).
 """
 
 from __future__ import annotations
 
-import io
+import copyreg
+import functools
 import pickle
 import sys
 import types
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from multiprocessing import context as _mp_context
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, Protocol
 
 from fiber.errors import SerializationError
 from fiber.wire.framing import Buffer
 
-__all__ = ["Packed", "dumps", "is_plain", "loads", "reason"]
+__all__ = ["Packed", "dumps", "is_plain", "loads", "pieces", "reason"]
 
 PROTOCOL = 5
 
 PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 """Types of values that cannot change, and that always can be pickled and unpickled."""
+
+_REFUSALS = (pickle.PickleError, TypeError, AttributeError, NotImplementedError, RecursionError)
+"""What is raised where something cannot be pickled."""
 
 _IN_BAND = 1 << 12  # bytes: a smaller buffer is cheaper to copy than to keep apart
 
@@ -51,16 +61,19 @@ def is_plain(values: Sequence[object]) -> bool:
     return kinds <= PLAIN
 
 
-def dumps(obj: object, known: Container[str] | None = None) -> Packed:
+def dumps(obj: object, known: Container[str] | None = None, *, share: bool = False) -> Packed:
     """Pickle `obj`, with its large buffers left out of band.
 
     Args:
         obj: anything; lambdas and closures are fine.
         known: the names that the receiver's `__main__` has, None if it has all of ours. Functions
             and classes of `__main__` that it lacks are sent whole instead of by name.
+        share: heed all that is registered with `ForkingPickler`. Such a pickle may be good for one
+            receiver only, and only while this process lives.
 
     Raises:
-        SerializationError: it cannot be pickled; the message says what and why.
+        SerializationError: it cannot be pickled; the message says what and why. An exception of
+            another kind, from the object's own `__reduce__` perhaps, comes as it is.
     """
     buffers: list[memoryview] = []
 
@@ -73,15 +86,29 @@ def dumps(obj: object, known: Container[str] | None = None) -> Packed:
         return False
 
     if known is None:
+        mark = carrier.made
         try:
+            if share:
+                return Packed(b"".join(_dump_by_name(obj, keep)), buffers)
             return Packed(pickle.dumps(obj, PROTOCOL, buffer_callback=keep), buffers)
         except Exception:
             buffers.clear()  # what cannot go by name may still go by value
-    try:
-        data = _dumps_by_value(obj, known, keep)
-    except Exception as error:
-        raise SerializationError(reason(error)) from error
-    return Packed(data, buffers, by_name=False)
+            carrier.withdraw(mark)
+    return Packed(b"".join(_dump_by_value(obj, known, share, keep)), buffers, by_name=False)
+
+
+def pieces(obj: object, known: Container[str] | None = None) -> list[Buffer]:
+    """Pickle `obj` as `dumps` does, to share, but into one stream; return it in pieces.
+
+    Large pieces are not copied: they are the object's own memory.
+    """
+    if known is None:
+        mark = carrier.made
+        try:
+            return _dump_by_name(obj, None)
+        except Exception:
+            carrier.withdraw(mark)
+    return _dump_by_value(obj, known, True, None)
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
@@ -98,12 +125,118 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _dumps_by_value(
-    obj: object, known: Container[str] | None, buffer_callback: Callable[[pickle.PickleBuffer], Any]
-) -> bytes:
-    file = io.BytesIO()
-    _pickler_class()(file, known, buffer_callback).dump(obj)
-    return file.getvalue()
+class _Sink:
+    """Takes what a pickler writes; large bytes come as the objects that have them."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self) -> None:
+        self.pieces: list[Buffer] = []
+
+    def write(self, piece: Any) -> None:
+        if type(piece) is pickle.PickleBuffer:
+            piece = piece.raw()
+        elif type(piece) is memoryview:  # of a string, which it does not keep alive
+            piece = bytes(piece)
+        self.pieces.append(piece)
+
+
+Keep = Callable[[pickle.PickleBuffer], Any] | None
+
+
+def _dump_by_name(obj: object, keep: Keep) -> list[Buffer]:
+    sink = _Sink()
+    pickler = pickle.Pickler(sink, PROTOCOL, buffer_callback=keep)
+    pickler.dispatch_table = _table(share=True)
+    pickler.dump(obj)
+    return sink.pieces
+
+
+def _dump_by_value(
+    obj: object, known: Container[str] | None, share: bool, keep: Keep
+) -> list[Buffer]:
+    sink = _Sink()
+    mark = carrier.made
+    try:
+        _pickler_class()(sink, known, share, keep).dump(obj)
+    except BaseException as error:
+        carrier.withdraw(mark)
+        if isinstance(error, _REFUSALS):
+            raise SerializationError(reason(error)) from error
+        raise
+    return sink.pieces
+
+
+# What is registered with ForkingPickler --------------------------------------------------------
+
+
+class Carrier(Protocol):
+    """Has file descriptors travel with pickles; it looks to reducers like a process being started.
+
+    Attributes:
+        made: number of the last pickle that it keeps one for.
+    """
+
+    made: int
+
+    def withdraw(self, mark: int) -> None:
+        """Keep none for the pickles that this thread made after number `mark`: they failed."""
+
+
+class _NoCarrier:
+    made = 0
+
+    def withdraw(self, mark: int) -> None:
+        pass
+
+
+carrier: Carrier = _NoCarrier()
+"""Set by `runtime.descriptors`."""
+
+_reducers: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+_NATIVE = {  # registered for the Pythons in which pickle could not do it
+    functools.partial,
+    types.MethodType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+}
+
+
+def _table(*, share: bool, by_value: bool = False) -> dict[type, Callable[[Any], Any]]:
+    """Return a dispatch table with what is registered now."""
+    return _make_table(share, by_value, len(_reducers), len(copyreg.dispatch_table))
+
+
+@functools.lru_cache(maxsize=4)
+def _make_table(share: bool, by_value: bool, *sizes: int) -> dict[type, Callable[[Any], Any]]:
+    kinds = _reducers.keys() - _NATIVE
+    if share:
+        table = {**copyreg.dispatch_table, **dict.fromkeys(kinds, reduce_as_registered)}
+    else:
+        table = {**dict.fromkeys(kinds, _reduce_if_needed), **copyreg.dispatch_table}
+    return {**table, **_pickler_class().dispatch_table} if by_value else table
+
+
+def reduce_as_registered(obj: Any) -> Any:
+    """Reduce an object as `ForkingPickler` would; its file descriptors are lent."""
+    reduce = _reducers[type(obj)]
+    if _mp_context.get_spawning_popen() is not None:
+        return reduce(obj)
+    _mp_context.set_spawning_popen(carrier)  # type: ignore[arg-type]
+    try:
+        return reduce(obj)
+    finally:
+        _mp_context.set_spawning_popen(None)
+
+
+def _reduce_if_needed(obj: Any) -> Any:
+    try:
+        return obj.__reduce_ex__(PROTOCOL)
+    except TypeError:
+        return reduce_as_registered(obj)
+
+
+# By value --------------------------------------------------------------------------------------
 
 
 _class: Any = None
@@ -120,12 +253,10 @@ def _pickler_class() -> Any:
         """Pickles functions and classes by value where a name would not be found."""
 
         def __init__(
-            self,
-            file: io.BytesIO,
-            known: Container[str] | None,
-            buffer_callback: Callable[[pickle.PickleBuffer], Any],
+            self, file: _Sink, known: Container[str] | None, share: bool, keep: Keep
         ) -> None:
-            super().__init__(file, protocol=PROTOCOL, buffer_callback=buffer_callback)
+            self.dispatch_table = _table(share=share, by_value=True)
+            super().__init__(file, protocol=PROTOCOL, buffer_callback=keep)
             self._main = sys.modules["__main__"].__dict__
             self._known = known
 
@@ -157,9 +288,6 @@ def _pickler_class() -> Any:
 
     _class = ByValuePickler
     return _class
-
-
-# Functions and classes of `__main__`, by value -------------------------------------------------
 
 
 def _reduce_main_function(function: types.FunctionType) -> tuple[Any, ...]:
