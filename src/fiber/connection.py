@@ -107,7 +107,7 @@ class Connection(_Base):
         """
         self._check_closed()
         self._check_readable()
-        return pickle.loads(self._recv_message(self._recv_size()))
+        return pickle.loads(self._recv_message())
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """Wait for a message of bytes and return it.
@@ -119,10 +119,7 @@ class Connection(_Base):
         self._check_readable()
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
-        size = self._recv_size()
-        if maxlength is not None and size > maxlength:
-            self._bad_message_length()
-        return self._recv_message(size)
+        return self._recv_message(maxlength)
 
     def recv_bytes_into(self, buf: Any, offset: int = 0) -> int:
         """Wait for a message of bytes and put it into a buffer; return its size.
@@ -144,12 +141,12 @@ class Connection(_Base):
                 raise ValueError("offset too large")
             size = self._recv_size()
             if room < offset + size:
-                raise BufferTooShort(self._recv_message(size))
+                raise BufferTooShort(self._recv_exactly(size))
             try:
                 flat = view.cast("B")
             except TypeError:  # a format that memoryview does not know, as ctypes has
                 first, last = offset // view.itemsize, (offset + size) // view.itemsize
-                io.BytesIO(self._recv_message(size)).readinto(view[first:last])
+                io.BytesIO(self._recv_exactly(size)).readinto(view[first:last])
             else:
                 with flat:
                     self._fill(flat[offset : offset + size])
@@ -182,29 +179,36 @@ class Connection(_Base):
             if sent:
                 rest[0] = memoryview(rest[0])[sent:]
 
-    def _recv_size(self) -> int:
-        size: int
-        (size,) = _SIZE.unpack(self._recv_message(4))
-        if size == -1:
-            (size,) = struct.unpack("!Q", self._recv_message(8))
-        return size
-
-    def _recv_message(self, size: int) -> bytes:
-        """Return the next `size` bytes of the stream."""
+    def _recv_message(self, most: int | None = None) -> bytes:
+        size = self._recv_size()
+        if most is not None and size > most:
+            self._bad_message_length()
         if size < _WHOLE:
             message = os.read(self.fileno(), size) if size else b""
             if len(message) == size:
                 return message
-            if not message:
+            return self._recv_exactly(size, message)
+        return self._recv_exactly(size)
+
+    def _recv_size(self) -> int:
+        head = os.read(self.fileno(), 4)
+        if len(head) < 4:
+            if not head:
                 raise EOFError
-        else:
-            message = b""
-        # What getvalue returns is the memory that is filled here.
-        whole = io.BytesIO(message)
-        whole.seek(size - 1)
-        whole.write(b"\0")
-        with whole.getbuffer() as view:
-            self._fill(view, len(message))
+            head = self._recv_exactly(4, head)
+        size: int = _SIZE.unpack(head)[0]
+        if size == -1:
+            size = struct.unpack("!Q", self._recv_exactly(8))[0]
+        return size
+
+    def _recv_exactly(self, size: int, begun: bytes = b"") -> bytes:
+        """Return `size` bytes of the stream, the first of which are there."""
+        whole = io.BytesIO(begun)
+        if size > len(begun):
+            whole.seek(size - 1)
+            whole.write(b"\0")
+        with whole.getbuffer() as view:  # of the very memory that getvalue returns
+            self._fill(view, len(begun))
         return whole.getvalue()
 
     def _fill(self, view: memoryview, filled: int = 0) -> None:

@@ -148,7 +148,8 @@ class Popen:
         self._takes_fds = agent.takes_fds
         self._fds: list[Descriptor] = []
         try:
-            data = pickle_process(process, self, agent.names)
+            with session.handing() as handed:
+                data = pickle_process(process, self, agent.names)
             with self._session.loop:
                 self.child = self._session.spawn(
                     agent,
@@ -158,6 +159,7 @@ class Popen:
                     extra_environment=gpus_of(resources),
                     fds=self._fds,
                 )
+                self.child.handed = handed
             self._session.loop.wait(self.child.started)
         finally:
             self._fds.clear()

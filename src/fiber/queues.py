@@ -76,6 +76,7 @@ class QueueRef(Ref):
         self._granted_at = 0.0
         self.here: deque[Item] | None = None
         self._prepared: Way | None = None
+        self._preparing = threading.Lock()
 
     def renew(self) -> None:
         self._set()
@@ -85,16 +86,21 @@ class QueueRef(Ref):
         way = self.way
         if way is not self._prepared:
             way.connect()
-            self.here = None
-            if isinstance(way, Here):
-                with way.loop:
-                    served = way.home.objects.get(self.id)
-                if isinstance(served, ServedQueue) and not served.bounded:
-                    self.here = served.items
-            else:
-                self._counts, self._slot = way.counter()
-            self._prepared = way
+            with self._preparing:
+                if way is not self._prepared:
+                    self._prepare(way)
         return way
+
+    def _prepare(self, way: Way) -> None:
+        self.here = None
+        if isinstance(way, Here):
+            with way.loop:
+                served = way.home.objects.get(self.id)
+            if isinstance(served, ServedQueue) and not served.bounded:
+                self.here = served.items
+        else:
+            self._counts, self._slot = way.counter()
+        self._prepared = way
 
     # Putting
 
@@ -153,10 +159,14 @@ class QueueRef(Ref):
         """Send what is pending."""
         if self._pending:
             way = self.way
-            way.connect()
-            with way.loop:
-                if self._send(way) > _MANY:
-                    way.loop.poll_within()
+            try:
+                way.connect()
+                with way.loop:
+                    if self._send(way) > _MANY:
+                        way.loop.poll_within()
+            except PeerDied:
+                self._pending.clear()
+                raise
 
     def finish(self) -> None:
         if self._pending and self._way is not None:
@@ -271,14 +281,24 @@ class QueueRef(Ref):
     def on_note(self, *facts: Any) -> None:
         """The home wants back what is not used."""
         with self._mutex:
+            unused = len(self._ready)
             self._ready.clear()
-            self.way.cast(self.id, "give_back", (self._taken,), ())
+            self.way.cast(self.id, "give_back", (self._taken, unused), ())
 
     def __del__(self) -> None:
-        if self._pending and self._way is not None and not self._way.loop.closed:
-            items, way, target = list(self._pending), self._way, self.id
-            way.loop.call_soon(lambda: way.cast(target, "put", (items,), ()))
+        way, target = self._way, self.id
+        if way is not None and not way.loop.closed and (self._pending or self._ready):
+            items, counts = list(self._pending), (self._taken, len(self._ready))
+            way.loop.call_soon(lambda: _give_up(way, target, items, counts))
         super().__del__()
+
+
+def _give_up(way: Way, target: int, items: list[Item], counts: tuple[int, int]) -> None:
+    """A reference was collected: send what was put by it, return what it was granted."""
+    with contextlib.suppress(PeerDied):
+        if items:
+            way.cast(target, "put", (items,), ())
+        way.cast(target, "give_back", counts, ())
 
 
 def _seconds(block: bool, timeout: float | None) -> float | None:
@@ -317,10 +337,10 @@ class _Base:
     _ref: QueueRef
     _maxsize = 0
 
-    def _make(self, maxsize: int) -> None:
+    def _make(self, maxsize: int, *, joinable: bool = False) -> None:
         self._maxsize = maxsize if maxsize > 0 else 0
-        self._closed = False
-        self._ref = serve(QueueRef, ServedQueue, self._maxsize)
+        self._closed = self._used = False
+        self._ref = serve(QueueRef, ServedQueue, self._maxsize, joinable)
 
     def __getstate__(self) -> tuple[Any, ...]:
         self._ref.flush()
@@ -329,7 +349,7 @@ class _Base:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         address, target, self._maxsize = state
-        self._closed = False
+        self._closed = self._used = False
         self._ref = lookup(QueueRef, address, target)
 
     def _check_open(self) -> None:
@@ -371,6 +391,7 @@ class Queue(_Base):
         if self._closed:
             self._check_open()
         item = _pack(obj)
+        self._used = True
         if not self._maxsize:
             self._ref.put(item)
         elif not self._ref.put_one(item, _seconds(block, timeout)):
@@ -409,7 +430,13 @@ class Queue(_Base):
         return self._size()
 
     def empty(self) -> bool:
-        """Return whether none is in it now."""
+        """Return whether none is in it now.
+
+        Raises:
+            OSError: this process has put objects into the queue and closed it.
+        """
+        if self._closed and self._used:
+            raise OSError(f"Queue {self!r} is closed")
         return self._size() == 0
 
     def full(self) -> bool:
@@ -438,6 +465,9 @@ class Queue(_Base):
 
 class JoinableQueue(Queue):
     """As `multiprocessing.JoinableQueue`: a queue that can be waited for until all is done."""
+
+    def __init__(self, maxsize: int = 0, *, ctx: object = None) -> None:
+        self._make(maxsize, joinable=True)
 
     def task_done(self) -> None:
         """Mark one object that was taken as done.

@@ -22,6 +22,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
+from fiber.errors import PeerDied
 from fiber.runtime.logs import WARNING, log
 from fiber.runtime.refs import Ref, lookup, serve
 from fiber.served.barrier import ServedBarrier
@@ -63,15 +64,30 @@ class LockRef(Ref):
         granted = self.call("acquire", get_ident(), seconds, timeout=seconds, undo=self.undo)
         if not granted:
             return False
-        if granted is not True:
-            log(
-                WARNING,
-                "a lock was held by %s, which died; what it guards may be half done",
-                granted,
-            )
         self.owner = get_ident()
         self.count += 1
+        self.warn(granted[1])
         return True
+
+    def wait(self, condition: int, seconds: float | None) -> bool:
+        """Wait for a condition of this lock, which this thread holds; return if it was notified."""
+        count, self.count = self.count, 0
+        try:
+            notified, abandoned = self.call("wait", get_ident(), condition, seconds, undo=self.undo)
+        except BaseException as error:
+            if not isinstance(error, PeerDied):
+                self.acquire(None)  # as its caller expects, who will release it
+                self.count = count
+            raise
+        self.owner, self.count = get_ident(), count
+        self.warn(abandoned)
+        return bool(notified)
+
+    def warn(self, abandoned: str) -> None:
+        """Say who died with the lock, if anybody did."""
+        if abandoned:
+            text = "a lock was held by %s, which died; what it guards may be half done"
+            log(WARNING, text, abandoned)
 
     def release(self) -> None:
         self.call("release", get_ident())
@@ -327,17 +343,7 @@ class Condition:
         """
         ref = self._lock._ref
         assert ref.is_mine, "must acquire() condition before using wait()"
-        seconds = _seconds(timeout)
-        count, ref.count = ref.count, 0
-        try:
-            notified = ref.call("wait", get_ident(), self._id, seconds, undo=ref.undo)
-        except BaseException as error:
-            if not isinstance(error, ConnectionError):
-                ref.acquire(None)  # as its caller expects, who will release it
-                ref.count = count
-            raise
-        ref.owner, ref.count = get_ident(), count
-        return bool(notified)
+        return ref.wait(self._id, _seconds(timeout))
 
     def notify(self, n: int = 1) -> None:
         """Wake at most `n` processes or threads that wait."""

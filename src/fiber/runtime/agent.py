@@ -31,7 +31,18 @@ from typing import Any, NoReturn
 from fiber.runtime import child as child_process
 from fiber.runtime import main as main_module
 from fiber.runtime import session as session_module
-from fiber.runtime.agents import BYE, ENDING, EXITED, FAILED, PREPARE, READY, SIGNAL, SPAWN, STARTED
+from fiber.runtime.agents import (
+    BYE,
+    ENDING,
+    EXITED,
+    FAILED,
+    PREPARE,
+    READY,
+    SIGNAL,
+    SPAWN,
+    STARTED,
+    TOLD,
+)
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.loop import Event, Link, Loop, Timer
 from fiber.runtime.poller import READ
@@ -155,6 +166,12 @@ class Agent:
             for client in self.clients:
                 client.link.close()
             _leave(self.folder)
+
+    def tell(self, pid: int) -> None:
+        """A process is about to be sent a signal: let all know that its end may be meant."""
+        for client in self.clients:
+            client.link.post(TOLD, pickle.dumps((0, pid)))
+            client.link.flush()
 
     def lost(self, client: _Client) -> None:
         """A client is gone: kill what it started; with the first client all is over."""
@@ -302,6 +319,7 @@ class _Client:
         elif frame.kind == SIGNAL:
             for process in self.agent.processes.values():
                 if process.client is self and process.key == key:
+                    self.agent.tell(process.pid)
                     process.signal(fact)
 
 

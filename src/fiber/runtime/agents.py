@@ -37,11 +37,12 @@ __all__ = [
     "SIGNAL",
     "SPAWN",
     "STARTED",
+    "TOLD",
     "Agent",
     "Child",
 ]
 
-PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED, ENDING = range(2, 11)
+PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED, ENDING, TOLD = range(2, 12)
 """Kinds of frames between a parent (the first four) and an agent (the others)."""
 
 _LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
@@ -58,6 +59,7 @@ class Child:
         error: why it did not start.
         started, ended: set when it has, or never will.
         on_ended: called within the loop when it has ended.
+        handed: objects of our home that it was given when it was started.
     """
 
     def __init__(self, agent: Agent, key: int, name: str) -> None:
@@ -71,6 +73,7 @@ class Child:
         self.started = Event()
         self.ended = Event()
         self.on_ended: Callable[[], object] | None = None
+        self.handed: set[int] = set()
 
     def signal(self, signum: int) -> None:
         """Send it a signal, through its agent; nothing happens if it has ended."""
@@ -99,7 +102,8 @@ class Agent:
         error: why it failed.
         ending: it was asked to end, by SIGTERM, and starts no more processes.
         names: what the main module has that it loaded.
-        on_exited: called with the ID of each process that has ended, before anybody else knows.
+        on_exited: called with each process that has ended, and its exit code, before its `ended`
+            is set.
     """
 
     def __init__(self, loop: Loop, name: str) -> None:
@@ -113,7 +117,7 @@ class Agent:
         self._loop = loop
         self._link: Link | None = None
         self._children: dict[int, Child] = {}
-        self.on_exited: Callable[[int], object] | None = None
+        self.on_exited: Callable[[Child, int | None], object] | None = None
         self.told: set[int] = set()  # processes that were sent a signal, and so may well end
         self._early: list[tuple[int, object, Any]] = []  # posts from before it was ready
         self._keys = 0
@@ -205,7 +209,7 @@ class Agent:
         return child
 
     def was_told_to_end(self, pid: int) -> bool:
-        """Whether the process, one of its, was sent a signal by us."""
+        """Whether the process, one of its, was sent a signal by us or by another of the session."""
         return pid in self.told
 
     def _post(self, kind: int, body: object, fds: Any = ()) -> None:
@@ -233,6 +237,9 @@ class Agent:
             self.ending = True
             return
         key, *facts = body
+        if frame.kind == TOLD:
+            self.told.add(facts[0])
+            return
         child = self._children.get(key)
         if child is None:
             return
@@ -245,7 +252,7 @@ class Agent:
             child._end(None, error=facts[0])
         elif frame.kind == EXITED:
             if self.on_exited is not None and child.pid is not None:
-                self.on_exited(child.pid)
+                self.on_exited(child, facts[0])
             del self._children[key]
             child._end(*facts)
 

@@ -92,6 +92,7 @@ def run(
         secret=facts["secret"],
         names=facts["names"],
         key=facts["key"],
+        name=request["name"],
         socket=upstream,
     )
     if request["capture_stderr"]:
@@ -104,7 +105,21 @@ def run(
         print(f"fiber: the process {request['name']} cannot be unpickled:", file=sys.stderr)
         traceback.print_exc()
         return 1
-    code: int = process._bootstrap(parent_sentinel=_parent_sentinel(request["parent"], upstream))
+    code: int
+    sentinel = _parent_sentinel(request["parent"], upstream)
+    if sys.version_info >= (3, 13):
+        # Since then it is for whoever starts a process to see that it runs its exit functions.
+        import atexit
+        from multiprocessing import util
+
+        atexit._clear()  # those of the agent
+        atexit.register(util._exit_function)
+        try:
+            code = process._bootstrap(parent_sentinel=sentinel)
+        finally:
+            atexit._run_exitfuncs()
+    else:
+        code = process._bootstrap(parent_sentinel=sentinel)
     session.shutdown(orderly=code == 0)
     return code
 

@@ -20,7 +20,7 @@ import contextlib
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Client:
     Attributes:
         name: of the process, for messages.
         pid: its process ID.
+        died: whether it ended without a good-bye.
         supervised: somebody else, such as a pool, makes good for its death.
         counts: memory that it shares with us, where it counts what it takes; see `served.queue`.
     """
@@ -80,6 +81,7 @@ class Client:
         self.requests: dict[int, Request] = {}  # not answered yet
         self.blocks: set[str] = set()  # that came from it, of shared memory
         self.counts: memoryview | None = None
+        self.died = False
         self._dismissed = False
 
     def __str__(self) -> str:
@@ -198,7 +200,12 @@ class Served:
         self.home = home
         self.id = int.from_bytes(os.urandom(8), "big")
         self.users: set[Client] = set()
+        self.met: set[int] = set()  # the processes that ever used it
         self.leased_until = 0.0  # of `time.monotonic`; it may be in a pickle under way
+
+    def keeps(self, client: Client) -> bool:
+        """Whether `client` matters to it even when that has no reference any more."""
+        return False
 
     def left(self, client: Client, died: bool) -> None:
         """`client` uses it no more, because it has let go of it, has ended, or has died."""
@@ -271,6 +278,7 @@ class Home:
         served = self.objects.get(target)
         if served is not None:
             served.users.add(client)
+            served.met.add(client.pid)
             client.uses.add(served)
             timer = self._dropping.pop(served, None)
             if timer is not None:
@@ -279,8 +287,21 @@ class Home:
     def detach(self, client: Client, target: int) -> None:
         """`client` has none any more."""
         served = self.objects.get(target)
-        if served is not None:
+        if served is not None and not served.keeps(client):
             self._leave(client, served, died=False)
+
+    def never_came(self, name: str, pid: int, targets: Collection[int]) -> None:
+        """A process has died that was given objects when it was started.
+
+        Args:
+            name, pid: of the process.
+            targets: the objects. Those that it has never used hear of its end from here.
+        """
+        client = Client(self, None, {"name": name, "pid": pid})
+        for target in targets:
+            served = self.objects.get(target)
+            if served is not None and pid not in served.met:
+                served.left(client, died=True)
 
     def lease(self, target: int) -> None:
         """Keep the object for a while, for a pickle of it is under way."""
@@ -298,6 +319,7 @@ class Home:
     def lost(self, client: Client, died: bool) -> None:
         """The process is gone."""
         self.clients.discard(client)
+        client.died = died
         for request in list(client.requests.values()):
             request.withdraw()
         for served in list(client.uses):

@@ -15,6 +15,7 @@ import mmap
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, TypeVar
@@ -240,6 +241,8 @@ class Peer:
             ref = self._session.refs.get((self.address, target))
             if ref is not None:
                 ref.on_note(*facts)
+            else:
+                self.cast(target, "unknown", facts, ())
 
     def _on_lost(self) -> None:
         self._fail(PeerDied("the process that this object lives in has ended"))
@@ -254,14 +257,15 @@ class Peer:
     def counter(self) -> tuple[memoryview | None, int]:
         """Return counts that the home can read as well, and the index of one to use.
 
-        They are in a file that both map. None, -1 if that cannot be.
+        They are in a file that both map. If that cannot be, None and a number below 0; whichever
+        the number is, it is not given out again.
         """
         with self._connecting:
             if self._page is None:
                 self._page = self._make_page()
             self._slots += 1
             if self._page is None or self._slots > len(self._page):
-                return None, -1
+                return None, -self._slots
             return self._page, self._slots - 1
 
     def _make_page(self) -> memoryview | None:
@@ -307,6 +311,7 @@ class Ref:
         self._session: Session | None = None
         self._way: Way | None = None
         self._attached: Way | None = None
+        _all.add(self)
 
     def on_note(self, *facts: Any) -> None:
         """The object tells something. Within the loop."""
@@ -436,6 +441,8 @@ class Ref:
     def lease(self) -> None:
         """A pickle of it is being made: the object shall wait for whoever unpickles it."""
         way = self.way
+        if isinstance(way, Here):
+            session_module.hand(self.id)
         if way.loop.held:
             way.lease(self.id)
         else:
@@ -447,6 +454,19 @@ class Ref:
         if way is not None and not way.loop.closed and way.loop.pid == os.getpid():
             target = self.id
             way.loop.call_soon(lambda: way.release(target))
+
+
+_all: weakref.WeakSet[Ref] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    """In a child of `os.fork`: what is under way, or held, is the parent's."""
+    for ref in list(_all):
+        ref.renew()
+        ref._session = ref._way = ref._attached = None
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 RefType = TypeVar("RefType", bound=Ref)

@@ -9,13 +9,14 @@ agents; they share the folder and the secret.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
 import stat
 import sys
 import threading
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from multiprocessing.process import current_process
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
 SECRET_FILE = "secret"
+SESSION_LINK = "session"  # in a session's folder for shared memory: where its own folder is
+ENTRY = "shm:"  # begins the names of a session's entries for shared memory outside its folders
 _PREFIX = f"fiber-{os.getuid()}-"
 _MEMORY = "/dev/shm"  # not on macOS, where files have to do
 _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
@@ -60,6 +63,7 @@ class Session:
         self._agents: dict[tuple[str, int], Agent] = {}
         self._home: Home | None = None
         self.blocks = Blocks(self.memory_folder)
+        self._memory_hold: int | None = None
         self.reader = Reader()
         self._loans: Loans | None = None
         self._ways: dict[str, Way] = {}
@@ -102,11 +106,9 @@ class Session:
 
     def memory_folder(self) -> str:
         """Return the folder for files that are shared memory, made if it is not there."""
-        folder = memory_folder(self.folder)
-        if folder != self.folder:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-        return folder
+        if self._memory_hold is None:
+            self._memory_hold = hold_memory_folder(self.folder)
+        return memory_folder(self.folder)
 
     def way(self, address: str) -> Way:
         """Return the way to the home at `address`, which may be this process."""
@@ -122,8 +124,10 @@ class Session:
 
     def identity(self) -> dict[str, Any]:
         """Return what this process tells of itself to those whose objects it uses."""
+        # While its arguments are unpickled, a process is not yet its own `current_process`.
+        name = _inherited.get("name") or current_process().name
         supervised = bool(_inherited.get("supervised"))
-        return {"name": current_process().name, "pid": os.getpid(), "supervised": supervised}
+        return {"name": name, "pid": os.getpid(), "supervised": supervised}
 
     def known_names(self) -> Container[str] | None:
         """Return what `wire.pickling.dumps` has to know of the main module of other processes."""
@@ -134,9 +138,12 @@ class Session:
                 return main.missing(agent.names)
         return None if main.describe() else frozenset()
 
-    def _on_exited(self, pid: int) -> None:
-        if self._home is not None:
-            self._home.read_all(pid)
+    def _on_exited(self, child: Child, code: int | None) -> None:
+        """A process that we started has ended, which nobody knows yet."""
+        if self._home is not None and child.pid is not None:
+            self._home.read_all(child.pid)
+            if code != 0 and child.handed:
+                self._home.never_came(child.name, child.pid, child.handed)
 
     def _was_told_to_end(self, pid: int) -> bool:
         return any(agent.was_told_to_end(pid) for agent in self._agents.values())
@@ -253,6 +260,7 @@ class Session:
                 self._endpoint.close()
             self.blocks.close()
             self.reader.close()
+            self._let_go_of_memory()
         self.loop.close(reason)
         for agent in self._agents.values():
             agent.collect()
@@ -273,8 +281,14 @@ class Session:
         if self._loans is not None and self._lock is None:
             self._loans.linger()
 
+    def _let_go_of_memory(self) -> None:
+        if self._memory_hold is not None:
+            os.close(self._memory_hold)
+            self._memory_hold = None
+
     def forget(self) -> None:
         """After `os.fork`, in the child: keep nothing of the parent's session open."""
+        self._let_go_of_memory()
         self.loop.forget()
         if self._loans is not None:
             self._loans.forget()
@@ -325,21 +339,93 @@ def _make_folder(secret: bytes) -> tuple[str, int]:
     return folder, fd
 
 
+def hold_folder(path: str) -> int:
+    """Return a descriptor of a folder for shared memory: while it is open, nobody sweeps that.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        about = os.fstat(fd)
+        if about.st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "the folder belongs to somebody else", path)
+        if not os.path.samestat(about, os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def hold_memory_folder(folder: str) -> int:
+    """Make the folder for shared memory of the session in `folder`, if need be, and hold it.
+
+    Raises:
+        OSError: there is none, and there cannot be one.
+    """
+    path = memory_folder(folder)
+    if path == folder:
+        return hold_folder(folder)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        try:
+            fd = hold_folder(path)
+        except FileNotFoundError:
+            continue  # it was swept in that moment
+        with contextlib.suppress(FileExistsError):
+            os.symlink(folder, os.path.join(path, SESSION_LINK))
+        if os.path.isdir(folder):
+            return fd
+        os.close(fd)
+        remove_folder(path)  # who ended the session just now will not look here again
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+
+
 def remove_folder(folder: str) -> None:
     """Remove a session's folder and its shared memory."""
-    for place in {memory_folder(folder), folder}:
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(place):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(place, name))
-            os.rmdir(place)
+    for place in dict.fromkeys((folder, memory_folder(folder))):
+        for _ in range(10):  # processes that are just being killed may still add to it
+            try:
+                for name in os.listdir(place):
+                    _remove(place, name)
+                os.rmdir(place)
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+
+
+def _remove(folder: str, name: str) -> None:
+    path = os.path.join(folder, name)
+    if name.startswith(ENTRY):
+        with contextlib.suppress(OSError):
+            _remove_shared_memory(name.removeprefix(ENTRY), int(os.readlink(path)))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _remove_shared_memory(name: str, inode: int) -> None:
+    """Unlink POSIX shared memory, unless somebody has made another of that name since."""
+    import _posixshmem  # type: ignore[import-not-found]
+
+    fd = _posixshmem.shm_open(f"/{name}", os.O_RDONLY, mode=0)
+    try:
+        same = os.fstat(fd).st_ino == inode
+    finally:
+        os.close(fd)
+    if same:
+        _posixshmem.shm_unlink(f"/{name}")
 
 
 def sweep() -> None:
-    """Remove folders that sessions of this user left behind when master and agent were killed."""
+    """Remove what sessions of this user left behind when master and agent were killed."""
     import tempfile
 
-    for base in {tempfile.gettempdir(), "/tmp"}:
+    for base in {tempfile.gettempdir(), "/tmp", _MEMORY}:
         names: list[str] = []
         with contextlib.suppress(OSError):  # it may be for writing only
             names = os.listdir(base)
@@ -347,8 +433,28 @@ def sweep() -> None:
             if name.startswith(_PREFIX):
                 folder = os.path.join(base, name)
                 with contextlib.suppress(OSError):
-                    if is_abandoned(folder):
+                    if base == _MEMORY and not os.path.exists(os.path.join(folder, SECRET_FILE)):
+                        _sweep_memory(folder)
+                    elif is_abandoned(folder):
                         remove_folder(folder)
+
+
+def _sweep_memory(path: str) -> None:
+    """Remove a folder for shared memory, unless it is held or its session is still there.
+
+    Programs that share their memory, such as those of two containers, need not see each other's
+    files: that there is no session to be seen would not do.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder = ""  # who made it was killed in that moment, or is about to find it gone
+        with contextlib.suppress(FileNotFoundError):
+            folder = os.readlink(os.path.join(path, SESSION_LINK))
+        if not os.path.isdir(folder) or is_abandoned(folder):
+            remove_folder(path)
+    finally:
+        os.close(fd)
 
 
 def is_abandoned(folder: str) -> bool:
@@ -436,6 +542,18 @@ def secret() -> bytes:
     return current().secret if inherited is None else inherited
 
 
+def folder() -> str:
+    """Return the folder of the session that this process belongs to."""
+    inherited: str | None = _inherited.get("folder")
+    return current().folder if inherited is None else inherited
+
+
+def known_folders() -> list[str]:
+    """Return the folders of this process's session, if it has begun, and of its forebears'."""
+    own = _current.folder if _current is not None else _inherited.get("folder")
+    return [*filter(None, [own]), *_forebears]
+
+
 def secret_for(address: str) -> bytes:
     """Return the secret of the session that `address` belongs to: ours, or a forebear's."""
     for folder, key in _forebears.items():
@@ -449,6 +567,27 @@ def inherit(**facts: Any) -> None:
     global _current
     _current = None
     _inherited.update(facts)
+
+
+_handing = threading.local()
+
+
+@contextlib.contextmanager
+def handing() -> Iterator[set[int]]:
+    """Collect, in this thread, the objects of our home that are pickled meanwhile."""
+    handed: set[int] = set()
+    _handing.handed = handed
+    try:
+        yield handed
+    finally:
+        _handing.handed = None
+
+
+def hand(target: int) -> None:
+    """An object of our home is being pickled."""
+    handed: set[int] | None = getattr(_handing, "handed", None)
+    if handed is not None:
+        handed.add(target)
 
 
 def supervise() -> None:

@@ -38,20 +38,26 @@ class ServedBarrier(Served):
             request.answer(("broken", self._broken))
             return
         self._waiters[request] = None
-        if len(self._waiters) < self._parties:
-            request.on_withdrawn = lambda: self._withdraw(request)
-            request.expire(seconds, lambda: self._break("a wait ran out of time"))
+        request.on_withdrawn = lambda: self._withdraw(request)
+        request.expire(seconds, lambda: self._break("a wait ran out of time"))
+        self._release()
+
+    def _release(self) -> None:
+        """Let the next go on, if they are all there and those before them have gone."""
+        if self._actor is not None or len(self._waiters) < self._parties:
             return
-        waiters, self._waiters = self._waiters, {}
+        waiters = list(self._waiters)[: self._parties]
+        for waiter in waiters:
+            del self._waiters[waiter]
         if self._acts:
-            del waiters[request]
-            self._held = waiters
-            self._actor = request.client
+            last = waiters.pop()
+            self._held = dict.fromkeys(waiters)
+            self._actor = last.client
             for waiter in waiters:
                 waiter.on_withdrawn = lambda waiter=waiter: self._held.pop(waiter, None)
                 if waiter.timer is not None:
                     waiter.timer.cancel()
-            request.answer("act")
+            last.answer("act")
         else:
             for place, waiter in enumerate(waiters):
                 waiter.answer(place)
@@ -66,6 +72,7 @@ class ServedBarrier(Served):
             for place, waiter in enumerate(held):
                 waiter.answer(place)
         request.answer(self._parties - 1)
+        self._release()
 
     def do_reset(self, request: Request) -> None:
         """Back to the empty state; whoever waits gets BrokenBarrierError."""
@@ -92,7 +99,8 @@ class ServedBarrier(Served):
     def _withdraw(self, request: Request) -> None:
         """Somebody was interrupted while it waited: as in threading, that breaks the barrier."""
         if self._waiters.pop(request, True) is None:
-            self._break("a party was interrupted")
+            client = request.client
+            self._break(f"{client} has died" if client.died else "a party was interrupted")
 
     def left(self, client: Client, died: bool) -> None:
         if died or client is self._actor:

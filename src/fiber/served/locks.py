@@ -48,7 +48,7 @@ class ServedLock(Served):
     # Called by users
 
     def do_acquire(self, request: Request, thread: int, seconds: float | None) -> None:
-        """Answer True, or who died with the permit, once there is one; False when time is out."""
+        """Answer (True, who died with the permit if anybody did); False when time is out."""
         waiter = _Waiter(request, thread)
         if self._value > 0:
             self._grant(waiter)
@@ -73,7 +73,7 @@ class ServedLock(Served):
         request.answer((self._value, mine))
 
     def do_wait(self, request: Request, thread: int, condition: int, seconds: float | None) -> None:
-        """Give the permit back; answer with a permit, True if notified, False if time is out."""
+        """Give the permit back; answer with one as `do_acquire`, or False first if time is out."""
         waiter = _Waiter(request, thread)
         waiter.condition = condition
         self._conditions.setdefault(condition, {})[waiter] = None
@@ -92,8 +92,8 @@ class ServedLock(Served):
     def _grant(self, waiter: _Waiter) -> None:
         self._value -= 1
         self._holders.append((waiter.request.client, waiter.thread))
-        answer, self._abandoned = self._abandoned or waiter.answer, ""
-        waiter.request.answer(answer)
+        abandoned, self._abandoned = self._abandoned, ""
+        waiter.request.answer((waiter.answer, abandoned))
 
     def _give_back(self) -> None:
         self._value += 1
@@ -152,6 +152,9 @@ class ServedLock(Served):
             asleep.pop(waiter, None)
             if not asleep:
                 self._conditions.pop(condition, None)
+
+    def keeps(self, client: Client) -> bool:
+        return any(holder is client for holder, _ in self._holders)
 
     def left(self, client: Client, died: bool) -> None:
         if not died:

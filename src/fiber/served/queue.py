@@ -33,6 +33,7 @@ PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
+_HASTE = 0.5  # seconds that a get which shall not wait does wait for items to be given back
 _GRANT = 1 << 16  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
@@ -44,24 +45,31 @@ class _Lease:
 
     Attributes:
         items: in order.
-        taken: how many it has taken since it began.
-        done: how many of these it has marked as done.
+        slot: of the reference by which it gets, see `do_get`.
+        taken: how many it has taken by that reference.
+        owed: how many by earlier ones.
+        done: how many of all of these it has marked as done.
         called_back: whether it was asked to give back what it does not use.
     """
 
-    def __init__(self, slot: int) -> None:
+    def __init__(self, slot: int, before: _Lease | None = None) -> None:
+        self.slot = slot
         self.items: deque[Item] = deque()
         self.taken = 0
-        self.done = 0
+        self.owed: int = before.owed + before.taken if before is not None else 0
+        self.done: int = before.done if before is not None else 0
         self.called_back = False
-        self._slot = slot
+
+    def count(self, client: Client) -> int:
+        """Return how many items were taken, as the process counts them."""
+        if self.slot >= 0 and client.counts is not None:
+            return client.counts[self.slot]
+        return self.taken
 
     def settle(self, client: Client, taken: int | None = None) -> None:
-        """Drop what was taken, as the process counts it, and give back its blocks."""
+        """Drop what was taken, and give back its blocks."""
         if taken is None:
-            taken = self.taken
-            if self._slot >= 0 and client.counts is not None:
-                taken = client.counts[self._slot]
+            taken = self.count(client)
         while self.taken < taken and self.items:
             item = self.items.popleft()
             if type(item) is Block:
@@ -70,10 +78,17 @@ class _Lease:
 
 
 class ServedQueue(Served):
-    """A queue of at most `maxsize` items, of any number if that is 0."""
+    """A queue.
 
-    def __init__(self, home: Home, maxsize: int) -> None:
+    Args:
+        home: where it lives.
+        maxsize: how many items it holds at the most; 0 for any number.
+        joinable: whether items are marked as done.
+    """
+
+    def __init__(self, home: Home, maxsize: int, joinable: bool) -> None:
         super().__init__(home)
+        self._joinable = joinable
         self.items: deque[Item] = deque()
         self._maxsize = maxsize
         self._getters: dict[Request, int] = {}  # and how many items they could use
@@ -84,7 +99,7 @@ class ServedQueue(Served):
         self._producers: set[Client] = set()
         self._unfinished = 0
         self._joiners: dict[Request, None] = {}
-        self._died: list[str] = []  # who died, and was not told of yet
+        self._died: dict[int, str] = {}  # who died, and was not told of yet
         self._owed: dict[str, int] = {}  # what the dead had taken and not marked as done
 
     @property
@@ -140,20 +155,25 @@ class ServedQueue(Served):
             request: the call.
             want: how many could be used soon.
             seconds: how long to wait.
-            slot: where in its counts is that of what it takes of this queue; -1 for nowhere.
+            slot: of its reference; where in its counts is what it takes, if that is not below 0.
             taken: that count.
         """
         client = request.client
         if client.link is not None:
             lease = self._leases.get(client)
-            if lease is None:
-                lease = self._leases[client] = _Lease(slot)
+            if lease is not None and lease.slot != slot:  # its process dropped it, and began anew
+                lease.settle(client)
+                self._take_back(lease, len(lease.items))
+                lease = _Lease(slot, lease)
+            elif lease is None:
+                lease = _Lease(slot)
+            self._leases[client] = lease
             lease.settle(client, taken)
         self._getters[request] = 1 if self._maxsize else want
         self._serve()
         if request not in self._getters:
             return
-        waits = self._call_back(client)
+        waits = self._call_back()
         if seconds == 0 and not waits:
             self._time_out(request)
             return
@@ -164,6 +184,7 @@ class ServedQueue(Served):
                 request.expire(_STALL, self._tell)
         elif seconds == 0:
             self._hasty.add(request)
+            request.expire(_HASTE, lambda: self._time_out(request))
         else:
             request.expire(seconds, lambda: self._time_out(request))
 
@@ -178,14 +199,20 @@ class ServedQueue(Served):
         if lease is not None:
             lease.settle(request.client, taken)
 
-    def do_give_back(self, request: Request, taken: int) -> None:
-        """Take back what was granted, but for what was taken."""
+    def do_give_back(self, request: Request, taken: int, unused: int) -> None:
+        """Take back what was granted and is not used, save what is only on its way there."""
         lease = self._leases.get(request.client)
         if lease is not None:
             lease.called_back = False
             lease.settle(request.client, taken)
-            self._take_back(lease)
+            self._take_back(lease, unused)
         self._end_haste()
+
+    def do_unknown(self, request: Request, *facts: object) -> None:
+        """A process that was called back has dropped the queue meanwhile."""
+        lease = self._leases.get(request.client)
+        if lease is not None:
+            self.do_give_back(request, lease.count(request.client), len(lease.items))
 
     def do_size(self, request: Request) -> None:
         """Answer how many items nobody has taken."""
@@ -218,9 +245,11 @@ class ServedQueue(Served):
             while self._getters and self.items:
                 self._grant(next(iter(self._getters)))
             if not self._putters or len(self.items) >= self._maxsize:
-                return
+                break
             request = next(iter(self._putters))
             self._accept(request, self._putters.pop(request))
+        if self._getters:
+            self._call_back()
 
     def _accept(self, request: Request, item: Item) -> None:
         self.items.append(item)
@@ -252,7 +281,7 @@ class ServedQueue(Served):
             request.answer(PARTS, first)
             return
         if lease is not None:
-            share = len(self.items) // len(self._leases)
+            share = len(self.items) // max(len(self._leases), len(self._getters) + 1)
             size = 0
             while len(granted) < min(want, share) and type(first) is not Block:
                 item = self.items[0]
@@ -264,18 +293,19 @@ class ServedQueue(Served):
             lease.items.extend(granted)
         request.answer(granted)
 
-    def _call_back(self, client: Client) -> bool:
-        """Ask others for what they were granted and do not use; return whether any may come."""
+    def _call_back(self) -> bool:
+        """Ask for what was granted and is not used; return whether any may come."""
         for other, lease in self._leases.items():
             lease.settle(other)
-            if lease.items and not lease.called_back and other is not client:
+            if lease.items and not lease.called_back:
                 lease.called_back = True
                 other.note(self, "give_back")
         return any(lease.called_back for lease in self._leases.values())
 
-    def _take_back(self, lease: _Lease) -> None:
-        self.items.extendleft(reversed(lease.items))
-        lease.items.clear()
+    def _take_back(self, lease: _Lease, count: int) -> None:
+        """Put the first items of a lease back to where they were."""
+        items = [lease.items.popleft() for _ in range(min(count, len(lease.items)))]
+        self.items.extendleft(reversed(items))
         self._serve()
 
     def _end_haste(self) -> None:
@@ -295,9 +325,11 @@ class ServedQueue(Served):
 
     def _tell(self) -> None:
         """The queue has been empty for a while since somebody died: say so to all who wait."""
-        if not self._died:
+        died = [who for pid, who in self._died.items() if not self.home.forgiven(pid)]
+        self._died.clear()
+        if not died:
             return
-        who, self._died = " and ".join(self._died), []
+        who = " and ".join(died)
         for request in list(self._patient):
             self._forget(request)
             request.fail(PeerDied(f"{who} died: what it still had to put will not come"))
@@ -309,7 +341,7 @@ class ServedQueue(Served):
             joiners, self._joiners = self._joiners, {}
             for request in joiners:
                 request.answer()
-        elif self._unfinished <= sum(self._owed.values()):
+        elif self._unfinished <= self._debt():
             who = " and ".join(
                 f"{name} died with {count} items that it had taken and not marked as done"
                 for name, count in self._owed.items()
@@ -318,20 +350,32 @@ class ServedQueue(Served):
             for request in joiners:
                 request.fail(PeerDied(who))
 
+    def _debt(self) -> int:
+        """Return how many items nobody will mark as done, for those who took them are dead."""
+        marked_for_others = sum(
+            max(0, lease.done - lease.owed - lease.taken) for lease in self._leases.values()
+        )
+        return sum(self._owed.values()) - marked_for_others
+
+    def keeps(self, client: Client) -> bool:
+        lease = self._leases.get(client)
+        return self._joinable and lease is not None and lease.owed + lease.taken > lease.done
+
     def left(self, client: Client, died: bool) -> None:
         lease = self._leases.pop(client, None)
         took = False
         if lease is not None:
             lease.settle(client)
-            took = lease.taken > 0
-            if died and lease.taken > lease.done:
-                self._owed[str(client)] = lease.taken - lease.done
-            self._take_back(lease)
+            taken = lease.owed + lease.taken
+            took = taken > 0
+            if died and taken > lease.done:
+                self._owed[str(client)] = taken - lease.done
+            self._take_back(lease, len(lease.items))
             self._end_haste()
         owes = client in self._producers or not took
         self._producers.discard(client)
         if died and owes and not client.supervised and not self.home.forgiven(client.pid):
-            self._died.append(str(client))
+            self._died[client.pid] = str(client)
             for request in self._patient:
                 request.expire(_STALL, self._tell)
         self._check_joiners()

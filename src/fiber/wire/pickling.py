@@ -38,6 +38,8 @@ PROTOCOL = 5
 PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 """Types of values that cannot change, and that always can be pickled and unpickled."""
 
+_SIZED = frozenset({bytes, str})
+
 _REFUSALS = (pickle.PickleError, TypeError, AttributeError, NotImplementedError, RecursionError)
 """What is raised where something cannot be pickled."""
 
@@ -102,6 +104,9 @@ def pieces(obj: object, known: Container[str] | None = None) -> list[Buffer]:
 
     Large pieces are not copied: they are the object's own memory.
     """
+    kind = type(obj)
+    if kind in PLAIN and (kind not in _SIZED or len(obj) < _IN_BAND):  # type: ignore[arg-type]
+        return [pickle.dumps(obj, PROTOCOL)]
     if known is None:
         mark = carrier.made
         try:
@@ -269,12 +274,27 @@ def _pickler_class() -> Any:
             elif isinstance(obj, type) and obj.__module__ in ("__main__", "__mp_main__"):
                 if self._is_known(obj):
                     return obj.__qualname__
-                reduced = super().reducer_override(obj)
+                reduced = self._reduce_class(obj)
                 if isinstance(reduced, tuple):
                     make, args, *state = reduced
                     return (_make_main_class, (obj.__qualname__, make, args), *state)
                 return reduced
+            elif isinstance(obj, type):
+                return self._reduce_class(obj)
             return super().reducer_override(obj)
+
+        def _reduce_class(self, obj: type) -> Any:
+            if obj.__module__ == "_ctypes" and issubclass(obj, type):
+                return type, (_of_ctypes(obj),)
+            reduced = super().reducer_override(obj)
+            if isinstance(reduced, tuple) and hasattr(obj, "_fields_"):
+                # A structure of ctypes is given its layout once, and makes its fields of that.
+                make, (kind, name, bases, first, *others), (members, slots), *rest = reduced
+                members = {k: v for k, v in members.items() if type(v).__name__ != "CField"}
+                layout = {name: members.pop(name) for name in _LAYOUT if name in members}
+                args = (kind, name, bases, {**first, **layout}, *others)
+                return (make, args, (members, slots), *rest)
+            return reduced
 
         def _is_known(self, obj: Any) -> bool:
             """Whether the receiver finds `obj` in its `__main__` by name."""
@@ -288,6 +308,18 @@ def _pickler_class() -> Any:
 
     _class = ByValuePickler
     return _class
+
+
+_LAYOUT = ("_pack_", "_anonymous_", "_fields_")
+
+
+def _of_ctypes(metaclass: type) -> Any:
+    """Return a class of ctypes whose class is `metaclass`, which itself has no name to go by."""
+    import ctypes
+
+    kinds: list[Any] = [ctypes.Structure, ctypes.Union, ctypes.Array]
+    kinds += [ctypes._SimpleCData, ctypes._Pointer, ctypes._CFuncPtr]  # type: ignore[attr-defined]
+    return next(kind for kind in kinds if type(kind) is metaclass)
 
 
 def _reduce_main_function(function: types.FunctionType) -> tuple[Any, ...]:
