@@ -17,6 +17,8 @@ PUBLIC = set(multiprocessing.__all__) | {
     "PoolClosed",
     "PoolError",
     "PoolTerminated",
+    "Ring",
+    "RingBroken",
     "RemoteError",
     "SerializationError",
     "StartError",

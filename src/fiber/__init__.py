@@ -16,7 +16,8 @@ each. Processes start on this machine, or where the configuration says (see `fib
 from __future__ import annotations
 
 import importlib as _importlib
-from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from fiber._version import __version__
 from fiber.config import config
@@ -40,6 +41,7 @@ from fiber.errors import (
     PoolTerminated,
     ProcessError,
     RemoteError,
+    RingBroken,
     SerializationError,
     StartError,
     TaskTimeout,
@@ -101,6 +103,8 @@ __all__ = [
     "RawArray",
     "RawValue",
     "RemoteError",
+    "Ring",
+    "RingBroken",
     "Semaphore",
     "SerializationError",
     "SimpleQueue",
@@ -141,6 +145,7 @@ _MODULES = (
     "reduction",
     "resource_sharer",
     "resource_tracker",
+    "ring",
     "shared_memory",
     "sharedctypes",
     "spawn",
@@ -149,8 +154,14 @@ _MODULES = (
 )
 
 
-def __getattr__(name: str) -> _ModuleType:
+if _TYPE_CHECKING:
+    from fiber.ring import Ring
+
+
+def __getattr__(name: str) -> _Any:
     """Import what multiprocessing's users find as attributes, when it is asked for."""
+    if name == "Ring":
+        return _importlib.import_module("fiber.ring").Ring
     if name == "reducer":  # as multiprocessing calls it
         name = "reduction"
     if name in _MODULES:

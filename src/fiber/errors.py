@@ -9,6 +9,7 @@
     │   └── PoolTerminated              it was terminated while results were awaited
     ├── WorkerDied                      a task's worker died, more often than it may be retried
     ├── TaskTimeout (WaitTimeout)       a task took longer than its time-out
+    ├── RingBroken                      a member of a ring failed
     ├── PeerDied (ConnectionError, EOFError)  what an object needs lived in a process that is gone
     ├── SerializationError (TypeError)  something could not be pickled or unpickled on its way
     │   └── MaybeEncodingError          the result of a task could not be pickled
@@ -47,6 +48,7 @@ __all__ = [
     "ProcessError",
     "RemoteError",
     "RemoteTraceback",
+    "RingBroken",
     "SerializationError",
     "StartError",
     "TaskTimeout",
@@ -86,6 +88,23 @@ class PoolClosed(PoolError, ValueError):
 
 class PoolTerminated(PoolError):
     """The pool was terminated while results were awaited."""
+
+
+class RingBroken(FiberError):
+    """A member of a ring failed; its own exception, if it raised one, is the cause.
+
+    Attributes:
+        rank: of the first that failed.
+        exitcode: of its process, as `Process.exitcode`.
+    """
+
+    def __init__(self, message: str, rank: int = 0, exitcode: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exitcode = exitcode
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.rank, self.exitcode)
 
 
 class PeerDied(FiberError, ConnectionError, EOFError):

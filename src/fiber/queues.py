@@ -18,7 +18,10 @@ dies that the queue lives in, every call raises `PeerDied`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import pickle
+import select
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -494,6 +497,16 @@ class SimpleQueue(_Base):
     def __init__(self, *, ctx: object = None) -> None:
         self._make(0)
 
+    @functools.cached_property
+    def _reader(self) -> _Reader:
+        """What libraries read from, and wait for, beside other connections."""
+        return _Reader(self)
+
+    @property
+    def _writer(self) -> _Writer:
+        """What libraries write to."""
+        return _Writer(self)
+
     def put(self, obj: Any) -> None:
         """As `Queue.put`."""
         self._check_open()
@@ -515,7 +528,75 @@ class SimpleQueue(_Base):
         """Let this process use it no more."""
         self._closed = True
         self._ref.flush()
+        if "_reader" in self.__dict__:
+            self._reader.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise OSError("this queue is closed")
+
+
+class _Reader:
+    """A queue, seen as the connection that multiprocessing's queues read from.
+
+    Its descriptor is ready when there is an item to get.
+    """
+
+    def __init__(self, queue: SimpleQueue) -> None:
+        self._queue = queue
+        self._ready, tell = os.pipe()
+        self._bell = _Bell(tell)
+        self._watch()
+
+    def _watch(self) -> None:
+        bell = self._bell
+        self._queue._ref.begin("watch", accept=lambda *_: bell.ring())
+
+    def fileno(self) -> int:
+        return self._ready
+
+    @property
+    def closed(self) -> bool:
+        return self._ready < 0
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        return bool(select.select([self._ready], [], [], timeout)[0])
+
+    def recv(self) -> Any:
+        item = self._queue.get()
+        if self.poll():
+            os.read(self._ready, 1)
+            self._watch()
+        return item
+
+    def close(self) -> None:
+        if self._ready >= 0:
+            os.close(self._ready)
+            self._ready = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Bell:
+    """The end of a pipe that is written to; kept open by whoever may still ring it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def ring(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._fd, b"\0")
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+class _Writer:
+    """A queue, seen as the connection that multiprocessing's queues write to."""
+
+    def __init__(self, queue: SimpleQueue) -> None:
+        self.send = queue.put
+
+    def close(self) -> None:
+        """There is nothing to close."""

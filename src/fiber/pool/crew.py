@@ -28,6 +28,7 @@ from fiber.runtime import main, session
 from fiber.runtime.agents import Child
 from fiber.runtime.logs import DEBUG, INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Timer
+from fiber.wire import exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads
 
@@ -249,7 +250,7 @@ class Crew:
             self._foreman.worker_up(worker)
         elif frame.kind == protocol.INITIALIZER_FAILED:
             worker.stopping = True
-            self._foreman.crew_failed(protocol.decode_exception(loads(frame.body)))
+            self._foreman.crew_failed(exceptions.decode(loads(frame.body)))
         else:
             self._foreman.worker_sent(worker, frame)
 

@@ -37,6 +37,7 @@ from fiber.process import Process
 from fiber.resources import Resources
 from fiber.runtime import session
 from fiber.runtime.loop import Event
+from fiber.wire import exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads, reason
 
@@ -430,7 +431,7 @@ class Master:
         call = self._calls[settled[0]]
         if size > done * self._scheduler.weight(call.id):
             self._scheduler.weigh(call.id, size / done)  # results take their room as well
-        errors = {place: protocol.decode_exception(error) for place, error in encoded.items()}
+        errors = {place: exceptions.decode(error) for place, error in encoded.items()}
         if values is None:
             values = []
             for place, buffers in enumerate(protocol.split(frame.buffers, counts)):
@@ -457,7 +458,7 @@ class Master:
         if batch.stop - batch.start > 1:
             self._scheduler.unloadable(number)
             return
-        cause = protocol.decode_exception((whole, text))
+        cause = exceptions.decode((whole, text))
         error = SerializationError(
             f"{call.describe(batch.start)}, or the function, cannot be unpickled by a worker: "
             f"{type(cause).__name__}: {cause}"

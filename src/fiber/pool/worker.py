@@ -36,12 +36,12 @@ from fiber.pool.protocol import (
     UNLOADABLE,
     UP,
     BatchHead,
-    encode_exception,
     split,
 )
 from fiber.runtime import session
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.poller import Patience
+from fiber.wire import exceptions
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Buffer, Frame
 from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
@@ -136,7 +136,7 @@ class _Job:
         ours = 3  # frames of the traceback: the caller of the generators, and the generators
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
             error, ours = error.__cause__, 1  # a generator makes the one of the other
-        self.errors[len(self.values)] = encode_exception(error, ours)
+        self.errors[len(self.values)] = exceptions.encode(error, ours)
         self.values.append(None)
 
 
@@ -192,7 +192,7 @@ class Worker:
                 initializer, initargs = loads(frame.body, frame.buffers)
                 initializer(*initargs)
         except BaseException as error:
-            self._send(INITIALIZER_FAILED, encode_exception(error))
+            self._send(INITIALIZER_FAILED, exceptions.encode(error))
             return False
         self._send(UP, None)
         return True
@@ -209,7 +209,7 @@ class Worker:
                 raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
             with self._lock:
-                self._send(UNLOADABLE, (head.batch, *encode_exception(error)))
+                self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
             return
         job = _Job(head, function, items)
         self._begin(job)

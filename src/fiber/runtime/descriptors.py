@@ -19,6 +19,7 @@ reducers hand their descriptors to whatever stands for a process that is being s
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import pickle
@@ -213,6 +214,7 @@ class Loans:
             again = Descriptor.duplicate(identity.fd)
         except OSError as error:
             raise LookupError from error
+        # Where a socket has no inode, nothing would tell it from another of the same number.
         if not identity.inode or Identity.of(again.__index__())[1:] != identity[1:]:
             raise LookupError
         return again
@@ -320,7 +322,7 @@ def _claim_from(session: Session, address: str, facts: dict[str, Any]) -> Descri
         raise PeerDied(
             f"the process that sent a connection or its like cannot be asked for it: {error}"
         ) from error
-    raise OSError("this process has too many open files (see ulimit -n) to be given another")
+    raise OSError(errno.EMFILE, "this process has too many open files (see ulimit -n)")
 
 
 def _within(loop: Loop) -> contextlib.AbstractContextManager[object]:

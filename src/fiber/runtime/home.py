@@ -136,16 +136,28 @@ class Request:
         client: who asks.
         buffers: raw buffers that came with the call.
         done: set when it is answered; only for calls from the home's own process.
+        accept: of these as well: given the answer, it returns what is to be taken for it.
         on_withdrawn: called when nobody waits for the answer any more.
     """
 
-    __slots__ = ("buffers", "client", "done", "error", "key", "on_withdrawn", "result", "timer")
+    __slots__ = (
+        "accept",
+        "buffers",
+        "client",
+        "done",
+        "error",
+        "key",
+        "on_withdrawn",
+        "result",
+        "timer",
+    )
 
     def __init__(self, client: Client, key: int | None) -> None:
         self.client = client
         self.key = key
         self.buffers: Sequence[Buffer] = ()
         self.done: Event | None = None
+        self.accept: Callable[[Any, Sequence[Buffer]], Any] | None = None
         self.on_withdrawn: Callable[[], object] | None = None
         self.result: Any = None
         self.error: BaseException | None = None
@@ -168,6 +180,8 @@ class Request:
         self.on_withdrawn = None
         link = self.client.link
         if link is None:
+            if self.accept is not None and error is None:
+                result = self.accept(result, buffers)
             self.result, self.error, self.buffers = result, error, buffers
             if self.done is not None:
                 self.done.set()

@@ -50,6 +50,9 @@ _CONNECT_TIMEOUT = 30.0  # seconds
 _GRACE = 2.0  # seconds by which a home may be late with the answer "time is out"
 
 
+Accept = Callable[[Any, Sequence[Buffer]], Any]
+
+
 class _Call:
     """A call under way to another process's home; a `Request` stands for one to our own."""
 
@@ -62,7 +65,7 @@ class _Call:
         self.error: BaseException | None = None
         self.buffers: Sequence[Buffer] = ()
         self.undo: Callable[[Any], object] | None = None
-        self.accept: Callable[[Any, Sequence[Buffer]], Any] | None = None
+        self.accept: Accept | None = None
 
 
 class Here:
@@ -77,9 +80,15 @@ class Here:
         """There is nothing to do."""
 
     def begin(
-        self, target: int, method: str, args: tuple[Any, ...], buffers: Sequence[Buffer]
+        self,
+        target: int,
+        method: str,
+        args: tuple[Any, ...],
+        buffers: Sequence[Buffer],
+        accept: Accept | None = None,
     ) -> Request:
         request = Request(self.home.me, None)
+        request.accept = accept
         request.done = Event()
         request.buffers = buffers
         self.home.call(request, target, method, args)
@@ -169,7 +178,6 @@ class Peer:
             channel.send(HELLO, pickle.dumps(hello))
         except OSError:
             pass  # reading will tell
-        channel.takes_fds = True
         with self.loop:
             self._link = Link(self.loop, channel, self._on_frame, self._on_lost)
 
@@ -184,10 +192,16 @@ class Peer:
         self._link.post(kind, pickle.dumps(body), buffers)
 
     def begin(
-        self, target: int, method: str, args: tuple[Any, ...], buffers: Sequence[Buffer]
+        self,
+        target: int,
+        method: str,
+        args: tuple[Any, ...],
+        buffers: Sequence[Buffer],
+        accept: Accept | None = None,
     ) -> _Call:
         self._keys += 1
         call = _Call(self._keys)
+        call.accept = accept
         self._post(CALL, (call.key, target, method, args), buffers)
         self._calls[call.key] = call
         return call
@@ -390,13 +404,13 @@ class Ref:
         buffers: Sequence[Buffer] = (),
         timeout: float | None = None,
         undo: Callable[[Any], object] | None = None,
-        accept: Callable[[Any, Sequence[Buffer]], Any] | None = None,
+        accept: Accept | None = None,
     ) -> Any:
         """As `call`, but return the whole call, with `result` and `buffers`; None if it is late.
 
         Args:
-            accept: of a call to another process: given, within the loop, the answer and its
-                buffers; what it returns is taken for the answer.
+            accept: given, within the loop, the answer and its buffers; what it returns is taken
+                for the answer.
         """
         way = self.way
         way.connect()
@@ -405,9 +419,7 @@ class Ref:
         call: Any = None
         try:
             with loop:
-                call = way.begin(self.id, method, args, buffers)
-                if accept is not None:
-                    call.accept = accept
+                call = way.begin(self.id, method, args, buffers, accept)
                 loop.wait_within(call.done, deadline)
             while not call.done.is_set:
                 left = None if deadline is None else deadline - monotonic()
@@ -426,6 +438,17 @@ class Ref:
                 raise PeerDied("this object is gone: no process had kept a reference to it")
             raise call.error
         return call
+
+    def begin(self, method: str, *args: Any, accept: Callable[[Any, Any], Any]) -> None:
+        """Have the object do something, and do not wait: its answer goes to `accept`, in the loop.
+
+        Raises:
+            PeerDied: the home is known to be gone.
+        """
+        way = self.way
+        way.connect()
+        with way.loop:
+            way.begin(self.id, method, args, (), accept)
 
     def cast(self, method: str, *args: Any, buffers: Sequence[Buffer] = ()) -> None:
         """Have the object do something, and do not wait for it.

@@ -99,6 +99,7 @@ class ServedQueue(Served):
         self._producers: set[Client] = set()
         self._unfinished = 0
         self._joiners: dict[Request, None] = {}
+        self._watchers: dict[Request, None] = {}
         self._died: dict[int, str] = {}  # who died, and was not told of yet
         self._owed: dict[str, int] = {}  # what the dead had taken and not marked as done
 
@@ -121,7 +122,7 @@ class ServedQueue(Served):
                     self.home.block_came(request.client, item)
             self.items.extend(items)
             self._unfinished += len(items)
-        if self._getters:
+        if self._getters or self._watchers:
             self._serve()
 
     def do_put_one(self, request: Request, item: Item, seconds: float | None) -> None:
@@ -214,6 +215,14 @@ class ServedQueue(Served):
         if lease is not None:
             self.do_give_back(request, lease.count(request.client), len(lease.items))
 
+    def do_watch(self, request: Request) -> None:
+        """Answer once there is an item, and leave it there."""
+        if self.items:
+            request.answer()
+        else:
+            self._watchers[request] = None
+            request.on_withdrawn = lambda: self._watchers.pop(request, None)
+
     def do_size(self, request: Request) -> None:
         """Answer how many items nobody has taken."""
         for client, lease in self._leases.items():
@@ -250,6 +259,10 @@ class ServedQueue(Served):
             self._accept(request, self._putters.pop(request))
         if self._getters:
             self._call_back()
+        if self._watchers and self.items:
+            watchers, self._watchers = self._watchers, {}
+            for request in watchers:
+                request.answer()
 
     def _accept(self, request: Request, item: Item) -> None:
         self.items.append(item)
