@@ -224,7 +224,8 @@ class _Children:
         try:
             return sum(line.recv() for line in self.lines)
         except EOFError:
-            raise RuntimeError("a child ended before it had replied") from None
+            # A child has died. Its own last words are to be the last: the harness reports those.
+            raise SystemExit(1) from None
 
 
 _GIGABYTES = len(tasks.BLOB) / 1e9

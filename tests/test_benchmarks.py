@@ -148,7 +148,7 @@ def test_messages_that_arrive_changed_give_no_figure(tmp_path: Path) -> None:
                     def queue():
                         made = context.Queue()
                         get = made.get
-                        made.get = lambda: (message := get()) and bytes(len(message))
+                        made.get = lambda: (get() is not None and bytes(1_000_000)) or None
                         return made
 
                     return SimpleNamespace(Queue=queue, Pipe=context.Pipe, Process=context.Process)
@@ -159,9 +159,11 @@ def test_messages_that_arrive_changed_give_no_figure(tmp_path: Path) -> None:
     peers = ("--peers", "careless:Careless", "multiprocessing")
     benchmark(output, "queue-large", *peers, "--deadline", "30", path=tmp_path)
     row = results(output)["queue-large"]
-    assert row["values"]["careless:Careless"]["bytes-to-main"] == [None]
-    assert "bytes-to-main: exit code 1. RuntimeError" in row["failures"]["careless:Careless"][0]
-    assert row["values"]["multiprocessing"]["bytes-to-main"][0] > 0
+    failures = row["failures"]["careless:Careless"]
+    for case in ("bytes-to-main", "bytes-to-child", "array-to-main", "array-to-child"):
+        assert row["values"]["careless:Careless"][case] == [None]
+        assert row["values"]["multiprocessing"][case][0] > 0
+        assert f"{case}: exit code 1. RuntimeError: a message is not what was sent" in failures
 
 
 def test_an_unknown_row_or_peer_is_refused_with_what_there_is(tmp_path: Path) -> None:

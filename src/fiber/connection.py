@@ -293,6 +293,8 @@ class Listener(_mp.Listener):
         backlog: int = 1,
         authkey: bytes | None = None,
     ) -> None:
+        if authkey is not None and not isinstance(authkey, bytes):
+            raise TypeError("authkey should be a byte string")
         if not address and (family or _mp.default_family) == "AF_UNIX":  # type: ignore[attr-defined]
             address, family = arbitrary_address("AF_UNIX"), "AF_UNIX"
         super().__init__(address, family, backlog, authkey)

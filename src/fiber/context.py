@@ -207,9 +207,8 @@ class FiberContext(_Base):
         return self._name or "spawn"
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
-        """Refuse, unless it is its own: a context's method cannot be changed."""
-        if method != self._name:
-            raise ValueError("cannot set start method of concrete context")
+        """Refuse: a context's method cannot be changed."""
+        raise ValueError("cannot set start method of concrete context")
 
     def freeze_support(self) -> None:
         """Do nothing: it is for frozen programs on Windows, where Fiber does not run."""
@@ -251,26 +250,25 @@ class FiberContext(_Base):
 class SpawnProcess(_process.Process):
     """A process of the configured backend."""
 
-    _start_method = "spawn"
+    _chosen = "spawn"
 
 
 class ForkProcess(_process.Process):
     """As `SpawnProcess`, for programs that ask for `fork`."""
 
-    _start_method = "fork"
+    _chosen = "fork"
 
 
 class ForkServerProcess(_process.Process):
     """As `SpawnProcess`, for programs that ask for `forkserver`."""
 
-    _start_method = "forkserver"
+    _chosen = "forkserver"
 
 
 class LocalProcess(_process.Process):
     """A process on this machine, whatever is configured."""
 
-    _start_method = "local"
-    _backend = "local"
+    _chosen = _backend = "local"
 
 
 class SpawnContext(FiberContext):
@@ -304,9 +302,6 @@ class LocalContext(FiberContext):
 class DefaultContext(FiberContext):
     """What the functions of `fiber` itself are methods of: the start method can be set, once."""
 
-    def __init__(self) -> None:
-        self._actual: FiberContext | None = None
-
     def __reduce__(self) -> str:
         return "default"
 
@@ -314,26 +309,27 @@ class DefaultContext(FiberContext):
         """As the function."""
         if method is not None:
             return get_context(method)
-        if self._actual is None:
-            self._actual = _contexts["spawn"]
-        return self._actual
+        if _process.start_method is None:
+            _process.start_method = "spawn"
+        return _contexts[_process.start_method]
 
     def get_start_method(self, allow_none: bool = False) -> Any:
         """As the function."""
-        if self._actual is None and allow_none:
+        if _process.start_method is None and allow_none:
             return None
         return self.get_context()._name
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
         """As the function."""
-        if self._actual is not None and not force:
+        if _process.start_method is not None and not force:
             raise RuntimeError("context has already been set")
         if method is None and force:
-            self._actual = None
+            _process.start_method = None
             return
-        self._actual = get_context(str(method))
-        if self._actual.backend is not None:
-            config.backend = self._actual.backend
+        context = get_context(str(method))
+        _process.start_method = context._name
+        if context.backend is not None:
+            config.backend = context.backend
 
     def get_all_start_methods(self) -> list[str]:
         """As the function."""

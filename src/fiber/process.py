@@ -39,6 +39,9 @@ def __getattr__(name: str) -> Any:
     return getattr(_mp_process, name)
 
 
+start_method: str | None = None
+"""What `set_start_method` was told; a context of that name is the default one."""
+
 _slots = 0  # counts processes that asked for GPUs, to spread them
 
 
@@ -58,6 +61,7 @@ class Process(_mp_process.BaseProcess):
     """
 
     _backend: str | None = None  # a context's; None for the configured one
+    _chosen: str | None = None  # likewise, the name of the context that is the default in it
     _start_method: str | None = None
 
     if TYPE_CHECKING:  # what BaseProcess has, and its stub does not tell
@@ -95,11 +99,18 @@ class Process(_mp_process.BaseProcess):
         if self._parent_pid != os.getpid():
             raise AssertionError("can only start a process object created by current process")
         _mp_process._cleanup()  # type: ignore[attr-defined]
+        self._chosen = self._chosen or start_method
         self._popen = Popen(self)
         self._sentinel = None  # the property below makes one when it is asked for
         # What was handed over is the child's; here it may be freed.
         del self._target, self._args, self._kwargs
         _mp_process._children.add(self)  # type: ignore[attr-defined]
+
+    def _bootstrap(self, parent_sentinel: int | None = None) -> int:
+        global start_method
+        start_method = self._chosen
+        code: int = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
+        return code
 
     @property
     def sentinel(self) -> int:

@@ -52,6 +52,7 @@ from fiber.wire.framing import Frame
 __all__ = ["main"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
+_LAST_WORDS = 1.0  # seconds that a process has to end by itself when its parent has died
 _TAIL = 16384  # bytes of a process's standard error that are kept
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 _LINE_SECONDS = 0.02  # that a line may take to be whole
@@ -176,15 +177,24 @@ class Agent:
     def lost(self, client: _Client) -> None:
         """A client is gone: kill what it started; with the first client all is over."""
         self.clients.discard(client)
-        for process in list(self.processes.values()):
-            if process.client is client or client.first:
+        if not client.first:
+            # Its children may want to find out, and to say a last word.
+            seconds = 0.0 if client.dismissed else _LAST_WORDS
+            self.loop.call_later(seconds, lambda: self._kill(client))
+        else:
+            for process in list(self.processes.values()):
                 process.signal(signal.SIGKILL)
-        if client.first:
             for stream in list(self.streams):
                 stream.tail()  # passes on what is there
             if client.dismissed:
                 os._exit(0)
             _leave(self.folder)
+
+    def _kill(self, client: _Client) -> None:
+        """Kill what a client has started."""
+        for process in list(self.processes.values()):
+            if process.client is client:
+                process.signal(signal.SIGKILL)
 
     def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
         """Start a process for `client`; `fds`: standard output and error, and what goes along."""

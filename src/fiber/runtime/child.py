@@ -87,6 +87,8 @@ def run(
         os.chdir(request["cwd"])
     config.adopt(request["config"])
     logs.configure(child=True)
+    if request["logging"] is not None:
+        logs.adopt(*request["logging"])
     session.inherit(
         folder=facts["folder"],
         secret=facts["secret"],

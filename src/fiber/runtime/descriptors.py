@@ -31,7 +31,6 @@ from fiber.errors import AuthenticationError, PeerDied
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
 from fiber.runtime.loop import Event, Link, Loop, Timer
-from fiber.runtime.session import Session
 from fiber.wire import pickling
 from fiber.wire.channel import connect
 from fiber.wire.framing import Frame
@@ -158,7 +157,7 @@ class Loans:
 
     def __init__(self, loop: Loop, endpoint: Endpoint) -> None:
         self.address = endpoint.address
-        self._loop = loop
+        self.loop = loop
         self._kept: dict[Identity, _Kept] = {}
         self._links: set[Link] = set()
         self._settled = Event()
@@ -172,7 +171,7 @@ class Loans:
             kept = self._kept[identity] = _Kept(Descriptor.duplicate(fd))
         timer = None
         if lease is not None:
-            timer = self._loop.call_later(lease, lambda: self._settle(identity, number))
+            timer = self.loop.call_later(lease, lambda: self._settle(identity, number))
         kept.promised[number] = (get_ident(), timer)
         return Lent(self.address, number, identity)
 
@@ -237,11 +236,11 @@ class Loans:
 
     def linger(self) -> None:
         """Wait, when the process is about to end, for what it lent to be claimed, but not long."""
-        with self._loop:
+        with self.loop:
             self._settled = Event()
             if not self._kept:
                 return
-        self._loop.wait(self._settled, _LAST_CALL)
+        self.loop.wait(self._settled, _LAST_CALL)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -287,13 +286,12 @@ def claim(address: str, number: int, identity: tuple[int, ...]) -> Descriptor:
         PeerDied: the lender has ended, or does not answer.
         ConnectionError: it has it no more.
     """
-    session = session_module.current()
     try:
-        loans = session.loans_at(address)
+        loans = session_module.loans_at(address)
         if loans is not None:
-            with _within(session.loop):
+            with _within(loans.loop):
                 return loans.hand_out(number, Identity(*identity))
-        return _claim_from(session, address, {"number": number, "identity": identity})
+        return _claim_from(address, {"number": number, "identity": identity})
     except LookupError:
         raise ConnectionError(
             "what was sent is gone: its sender has closed it, and it had been received already, "
@@ -301,7 +299,7 @@ def claim(address: str, number: int, identity: tuple[int, ...]) -> Descriptor:
         ) from None
 
 
-def _claim_from(session: Session, address: str, facts: dict[str, Any]) -> Descriptor:
+def _claim_from(address: str, facts: dict[str, Any]) -> Descriptor:
     frames: list[Frame] = []
     try:
         channel = connect(address, session_module.secret_for(address), _TIMEOUT)

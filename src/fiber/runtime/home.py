@@ -264,7 +264,7 @@ class Home:
             self.attach(request.client, target)
         try:
             getattr(served, "do_" + method)(request, *args)
-        except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        except Exception as error:  # be it a refusal or a defect, it is for the caller to know
             request.fail(error)
 
     def block_came(self, client: Client, block: Block) -> None:

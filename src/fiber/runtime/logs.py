@@ -14,7 +14,16 @@ from typing import Any
 from fiber.config import config
 from fiber.errors import ConfigError
 
-__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "configure", "log"]
+__all__ = [
+    "DEBUG",
+    "ERROR",
+    "INFO",
+    "WARNING",
+    "adopt",
+    "configure",
+    "log",
+    "of_multiprocessing",
+]
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
 """Levels, as those of the logging module."""
@@ -31,6 +40,23 @@ def log(level: int, message: str, *args: object) -> None:
     import logging
 
     logging.getLogger("fiber").log(level, message, *args)
+
+
+def of_multiprocessing() -> tuple[int, bool] | None:
+    """Return the level of multiprocessing's logger, if it is in use, and if it goes to stderr."""
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is None or util._logger is None:
+        return None
+    return util._logger.getEffectiveLevel(), bool(util._log_to_stderr)
+
+
+def adopt(level: int, to_stderr: bool) -> None:
+    """Set up multiprocessing's logger as the parent's is."""
+    from multiprocessing import util
+
+    if to_stderr:
+        util.log_to_stderr()
+    util.get_logger().setLevel(level)
 
 
 def configure(*, child: bool = False) -> None:

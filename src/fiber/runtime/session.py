@@ -99,11 +99,6 @@ class Session:
             self._loans = Loans(self.loop, self.endpoint)
         return self._loans
 
-    def loans_at(self, address: str) -> Loans | None:
-        """Return those of this process if they are asked for at `address`."""
-        loans = self._loans
-        return loans if loans is not None and loans.address == address else None
-
     def memory_folder(self) -> str:
         """Return the folder for files that are shared memory, made if it is not there."""
         if self._memory_hold is None:
@@ -235,6 +230,7 @@ class Session:
             "sys_path": list(sys.path),
             "argv": list(sys.argv),
             "config": config.as_dict(),
+            "logging": logs.of_multiprocessing(),
             "parent": os.getpid(),
             "process": process,
             "capture_stderr": capture_stderr,
@@ -527,6 +523,12 @@ def _take_part() -> Session:
         agent.on_exited = session._on_exited
     session._agents[_inherited["key"]] = agent
     return session
+
+
+def loans_at(address: str) -> Loans | None:
+    """Return what was lent at `address` if that is in this process."""
+    loans = None if _current is None else _current._loans
+    return loans if loans is not None and loans.address == address else None
 
 
 def known_names() -> Container[str] | None:

@@ -8,6 +8,7 @@ whether anything is left. Whoever shares a channel among threads holds a lock of
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -22,6 +23,7 @@ __all__ = ["Channel", "connect"]
 
 _PIECES = 512  # pieces for one sendmsg; the system's limit is 1024
 _MAX_FDS = 250  # descriptors for one sendmsg; Linux's limit is 253
+_FDS_SIZE = socket.CMSG_LEN(_MAX_FDS * array.array("i").itemsize)
 _CLOEXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _LOST = -1
 
@@ -106,8 +108,11 @@ class Channel:
         """Return the frames that one `recv` completed, perhaps none; see `FrameReader.read`."""
         if not self.takes_fds:
             return self._reader.read()
-        data, fds, flags, _ = socket.recv_fds(self.sock, READ_SIZE, _MAX_FDS, _CLOEXEC)
-        self.fds.extend(fds)
+        data, extras, flags, _ = self.sock.recvmsg(READ_SIZE, _FDS_SIZE, _CLOEXEC)
+        for _, _, extra in extras:
+            fds = array.array("i")
+            fds.frombytes(extra[: len(extra) - len(extra) % fds.itemsize])
+            self.fds.extend(fds)
         if flags & socket.MSG_CTRUNC:
             self.fds.append(_LOST)
         if not data:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import operator
 import pickle
 import sys
 import types
@@ -284,8 +285,11 @@ def _pickler_class() -> Any:
             return super().reducer_override(obj)
 
         def _reduce_class(self, obj: type) -> Any:
-            if obj.__module__ == "_ctypes" and issubclass(obj, type):
-                return type, (_of_ctypes(obj),)
+            if "ctypes" in sys.modules:
+                if obj.__module__ == "_ctypes" and issubclass(obj, type):
+                    return type, (_of_ctypes(obj),)
+                if _is_array_type(obj):
+                    return operator.mul, (obj._type_, obj._length_)  # type: ignore[attr-defined]
             reduced = super().reducer_override(obj)
             if isinstance(reduced, tuple) and hasattr(obj, "_fields_"):
                 # A structure of ctypes is given its layout once, and makes its fields of that.
@@ -308,6 +312,16 @@ def _pickler_class() -> Any:
 
     _class = ByValuePickler
     return _class
+
+
+def _is_array_type(obj: type) -> bool:
+    """Whether it is such a class as `ctypes.c_int * 3`, which has no name to go by."""
+    import ctypes
+
+    if not issubclass(obj, ctypes.Array) or obj is ctypes.Array:
+        return False
+    element: Any = obj._type_
+    return obj is element * obj._length_
 
 
 _LAYOUT = ("_pack_", "_anonymous_", "_fields_")
