@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# More extras for the tests: those of PyTorch, which is large, run with EXTRAS=torch.
+EXTRAS ?=
 
 BIN := $(VENV)/bin
 SUM := $(shell cksum < pyproject.toml | cut -d' ' -f1)
@@ -19,7 +21,7 @@ help:  ## Show this list
 demo: $(VENV)/.demo-$(SUM)  ## Train a controller with a Pool and plot what it learned
 	$(BIN)/python examples/evolution.py
 
-test: lint  ## Check style and types, then run the tests (PYTEST_ARGS="-m 'not slow'" for fewer)
+test: lint $(EXTRAS:%=$(VENV)/.%-$(SUM))  ## Check style and types, then run the tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-$(SUM)  ## Check format, lint and types

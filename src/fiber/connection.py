@@ -68,8 +68,8 @@ def __getattr__(name: str) -> Any:
 class Connection(_Base):
     """An end of a pipe, as `multiprocessing.connection.Connection`.
 
-    It can be pickled for processes of this machine. Whoever sends one may close it at once, but must
-    live until it was received.
+    It can be pickled for processes of this machine. Whoever sends one may close it at once, but
+    must live until it was received.
 
     Args:
         handle: file descriptor of a stream socket or a pipe; the connection owns it.

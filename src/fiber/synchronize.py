@@ -90,9 +90,11 @@ class LockRef(Ref):
             log(WARNING, text, abandoned)
 
     def release(self) -> None:
-        self.call("release", get_ident())
-        if self.count:
+        if self.count:  # it can be given back, so nobody needs to wait until that is done
             self.count -= 1
+            self.cast("release", get_ident())
+        else:
+            self.call("release", get_ident())
 
     def undo(self, granted: object) -> None:
         """Give back, within the loop, a permit that nobody takes."""
@@ -282,8 +284,7 @@ class RLock(_SemLock):
         if self._ref.count > 1:
             self._ref.count -= 1
         else:
-            self._ref.count = 0  # before another thread can have it
-            self._ref.call("release", get_ident())
+            self._ref.release()
 
     def locked(self) -> bool:
         """Return whether somebody holds it."""
@@ -348,12 +349,12 @@ class Condition:
     def notify(self, n: int = 1) -> None:
         """Wake at most `n` processes or threads that wait."""
         assert self._lock._is_mine(), "lock is not owned"
-        self._lock._ref.call("notify", self._id, n)
+        self._lock._ref.cast("notify", self._id, n)
 
     def notify_all(self) -> None:
         """Wake all that wait."""
         assert self._lock._is_mine(), "lock is not owned"
-        self._lock._ref.call("notify", self._id, None)
+        self._lock._ref.cast("notify", self._id, None)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         """Wait until `predicate()` is true; return its last value.

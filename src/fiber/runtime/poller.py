@@ -7,6 +7,7 @@ sleeps; but only while its last wait was that short, and never on a machine with
 
 from __future__ import annotations
 
+import os
 import select
 import selectors
 from collections.abc import Callable
@@ -47,6 +48,9 @@ class Patience:
     def end(self) -> None:
         """The wait is over."""
         self.looks = self._several and perf_counter() - self._began < _SECONDS
+
+
+_give_way: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
 
 
 class Poller:
@@ -95,6 +99,8 @@ class Poller:
         ready: list[tuple[Handler, int]] = []
         while not ready and patience.looks and patience.lasts():
             ready = self._poll(0)
+            if not ready:
+                _give_way()  # where processors are few, the peer may wait for this one
         if not ready:
             ready = self._poll(timeout)
         patience.end()

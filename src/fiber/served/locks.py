@@ -50,6 +50,8 @@ class ServedLock(Served):
     def do_acquire(self, request: Request, thread: int, seconds: float | None) -> None:
         """Answer (True, who died with the permit if anybody did); False when time is out."""
         waiter = _Waiter(request, thread)
+        if self._value == 0 and seconds == 0:
+            self._catch_up()
         if self._value > 0:
             self._grant(waiter)
         elif seconds == 0:
@@ -69,6 +71,7 @@ class ServedLock(Served):
 
     def do_look(self, request: Request) -> None:
         """Answer how many permits there are, and whether the caller's process has one."""
+        self._catch_up()
         mine = any(client is request.client for client, _ in self._holders)
         request.answer((self._value, mine))
 
@@ -88,6 +91,15 @@ class ServedLock(Served):
         request.answer()
 
     # Within
+
+    def _catch_up(self) -> None:
+        """Read what has arrived: a permit that was given back must not seem to be out.
+
+        Whoever gives one back does not wait, and may tell somebody who is faster to ask here.
+        """
+        for user in list(self.users):
+            if user.link is not None:
+                user.link.drain()
 
     def _grant(self, waiter: _Waiter) -> None:
         self._value -= 1
