@@ -295,4 +295,4 @@ def pickle_process(process: Process, popen: object, names: frozenset[str]) -> by
         packed = dumps(process, main.missing(names), share=True)
     finally:
         _mp_context.set_spawning_popen(None)
-    return pickle.dumps((packed.data, [bytes(buffer) for buffer in packed.buffers]))
+    return pickle.dumps((packed.data, [bytearray(buffer) for buffer in packed.buffers]))

@@ -142,7 +142,7 @@ class QueueRef(Ref):
 
     def _lend(self, item: list[Buffer], way: Way) -> Item:
         """Return the item as it shall travel: in a block, or else with buffers that are its own."""
-        whole = item[0] is _WHOLE
+        whole = item[0] == _WHOLE
         parts = item[1:] if whole else item
         blocks = self.session.blocks
         with way.loop:
@@ -330,7 +330,8 @@ def _unpack(item: Item) -> Any:
     if kind is bytearray:
         return pickle.loads(item)
     if kind is list:
-        return item[1] if item[0] is _WHOLE else loads(item[0], item[1:])
+        # By its value: an item that came back from another process is a copy.
+        return bytes(item[1]) if item[0] == _WHOLE else loads(item[0], item[1:])
     return item
 
 

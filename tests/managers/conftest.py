@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.managers import targets
 
 import fiber
 from fiber import managers
-from tests.managers import targets
 
 DEADLINE = 20.0
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.managers import targets
 
 import fiber
 from fiber import managers
-from tests.managers import targets
 
 Run = Callable[..., Any]
 Until = Callable[..., Any]

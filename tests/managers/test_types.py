@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.managers import targets
 
 import fiber
 from fiber import managers, queues, synchronize
-from tests.managers import targets
 
 Run = Callable[..., Any]
 
@@ -24,7 +24,7 @@ def test_a_list_is_shared(manager: Any, run: Run) -> None:
     items += [4]
     items *= 2
     assert items[:] == [1, 2, 3, 4] * 2
-    assert items + [5] == [1, 2, 3, 4, 1, 2, 3, 4, 5]
+    assert items + [5] == [1, 2, 3, 4, 1, 2, 3, 4, 5]  # noqa: RUF005
     del items[4:]
     items.sort(reverse=True)
     assert (len(items), items.pop(), items.index(3), 2 in items) == (4, 1, 1, True)

@@ -166,17 +166,17 @@ def take_by_new_names(data: bytes, count: int, each: int, back: Any) -> None:
 # Objects that travel ---------------------------------------------------------------------------
 
 KINDS = {
-    "Queue": lambda: fiber.Queue(),
+    "Queue": fiber.Queue,
     "Queue of 3": lambda: fiber.Queue(3),
-    "JoinableQueue": lambda: fiber.JoinableQueue(),
-    "SimpleQueue": lambda: fiber.SimpleQueue(),
-    "Lock": lambda: fiber.Lock(),
-    "RLock": lambda: fiber.RLock(),
-    "Semaphore": lambda: fiber.Semaphore(),
-    "BoundedSemaphore": lambda: fiber.BoundedSemaphore(),
-    "Condition": lambda: fiber.Condition(),
+    "JoinableQueue": fiber.JoinableQueue,
+    "SimpleQueue": fiber.SimpleQueue,
+    "Lock": fiber.Lock,
+    "RLock": fiber.RLock,
+    "Semaphore": fiber.Semaphore,
+    "BoundedSemaphore": fiber.BoundedSemaphore,
+    "Condition": fiber.Condition,
     "Condition of Lock": lambda: fiber.Condition(fiber.Lock()),
-    "Event": lambda: fiber.Event(),
+    "Event": fiber.Event,
     "Barrier": lambda: fiber.Barrier(2, timeout=DEADLINE),
 }
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.objects import actors
 
 import fiber
 import fiber.synchronize
-from tests.objects import actors
 
 DEADLINE = 20.0
 MOMENT = 0.15  # seconds, of a wait that shall run out

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.objects import actors
 
 import fiber
-from tests.objects import actors
 
 DEADLINE = 20.0
 

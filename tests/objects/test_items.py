@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-import fiber
 from tests.objects import actors
 
+import fiber
+
 DEADLINE = 20.0
-Pair = collections.namedtuple("Pair", "one other")  # noqa: PYI024
+Pair = collections.namedtuple("Pair", "one other")
 
 MAKES: dict[str, Callable[..., Any]] = {
     "Queue": fiber.Queue,

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.objects import actors
 
 import fiber
 from fiber.runtime import home
-from tests.objects import actors
 
 DEADLINE = 20.0
 

@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.objects import actors
 
 import fiber
 import fiber.queues
-from tests.objects import actors
 
 DEADLINE = 20.0
 MOMENT = 0.15  # seconds, of a wait that shall run out

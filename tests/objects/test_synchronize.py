@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.objects import actors
 
 import fiber
 import fiber.synchronize
-from tests.objects import actors
 
 DEADLINE = 20.0
 MOMENT = 0.15  # seconds, of a wait that shall run out
@@ -323,7 +323,7 @@ def test_wait_for(mp: Any, aside: Callable[..., Any]) -> None:
     with condition:
         assert condition.wait_for(lambda: "at once") == "at once"
         began = time.monotonic()
-        assert condition.wait_for(lambda: [], MOMENT) == []
+        assert condition.wait_for(list, MOMENT) == []
         assert took_about(MOMENT, began)
         assert condition.wait_for(lambda: 0, timeout=0) == 0
         adding = aside(add)

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.objects import actors
 
 import fiber
-from tests.objects import actors
 
 DEADLINE = 20.0
 
 KINDS = {
-    "Queue": lambda: fiber.Queue(),
+    "Queue": fiber.Queue,
     "Queue of 4": lambda: fiber.Queue(4),
-    "JoinableQueue": lambda: fiber.JoinableQueue(),
+    "JoinableQueue": fiber.JoinableQueue,
     "JoinableQueue of 4": lambda: fiber.JoinableQueue(4),
-    "SimpleQueue": lambda: fiber.SimpleQueue(),
+    "SimpleQueue": fiber.SimpleQueue,
 }
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-import fiber
 from tests.objects import actors
 from tests.objects.actors import leave_mark, make_all, see_mark
+
+import fiber
 
 DEADLINE = 20.0
 

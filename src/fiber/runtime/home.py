@@ -364,6 +364,7 @@ class Home:
         for client in list(self.clients):
             if client.link is not None:
                 client.link.close()
+            client.counts = None
         self.clients.clear()
         for served in self.objects.values():
             served.dropped()

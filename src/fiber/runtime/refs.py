@@ -239,7 +239,9 @@ class Peer:
         body = pickle.loads(frame.body)
         if frame.kind == REPLY:
             key, error, result = body
-            call = self._calls.pop(key)
+            call = self._calls.pop(key, None)
+            if call is None:
+                return
             call.buffers = frame.buffers
             if call.accept is not None and error is None:
                 result = call.accept(result, frame.buffers)
@@ -305,6 +307,7 @@ class Peer:
             self._link.post(GOODBYE, pickle.dumps(orderly))
             self._link.flush()
             self._link.close()
+        self._page = None
         self._fail(PeerDied("this process's part in the session has ended"))
 
 

@@ -121,7 +121,8 @@ class Session:
         """Return what this process tells of itself to those whose objects it uses."""
         # While its arguments are unpickled, a process is not yet its own `current_process`.
         name = _inherited.get("name") or current_process().name
-        supervised = bool(_inherited.get("supervised"))
+        # Whether a process that `os.fork` made ended well, nobody would hear.
+        supervised = bool(_inherited.get("supervised") or (_forebears and not _inherited))
         return {"name": name, "pid": os.getpid(), "supervised": supervised}
 
     def known_names(self) -> Container[str] | None:

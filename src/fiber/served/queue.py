@@ -139,7 +139,7 @@ class ServedQueue(Served):
             request.answer(False)
         else:
             self._putters[request] = whole
-            request.on_withdrawn = lambda: self._refuse(request)
+            request.on_withdrawn = lambda: self._free(self._putters.pop(request))
             request.expire(seconds, lambda: self._refuse(request))
 
     def do_get(
@@ -227,7 +227,10 @@ class ServedQueue(Served):
         """Answer how many items nobody has taken."""
         for client, lease in self._leases.items():
             lease.settle(client)
-        request.answer(len(self.items) + sum(len(lease.items) for lease in self._leases.values()))
+        size = len(self.items)
+        if not self._maxsize:  # else each was granted to who waited for it, and is as good as taken
+            size += sum(len(lease.items) for lease in self._leases.values())
+        request.answer(size)
 
     def do_task_done(self, request: Request) -> None:
         """One item that was taken is done."""
