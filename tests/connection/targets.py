@@ -47,6 +47,12 @@ def say_and_hold(connection: Connection, message: object, *things: object) -> No
     time.sleep(FOREVER)
 
 
+def say_and_close(connection: Connection, message: object, *things: object) -> None:
+    connection.send(message)
+    connection.close()
+    time.sleep(FOREVER)
+
+
 def say_number(connection: Connection, number: int) -> int:
     connection.send(number)
     return number

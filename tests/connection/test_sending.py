@@ -313,6 +313,7 @@ def test_through_what_is_of_multiprocessing(pipe: MakePipe, receive: Receive, en
     ended(one)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_to_a_fork(pipe: MakePipe, receive: Receive, ended: Ended) -> None:
     """A child of os.fork is no part of the session, but knows whom to ask."""
     control, theirs = pipe()
@@ -334,6 +335,26 @@ def test_to_a_fork(pipe: MakePipe, receive: Receive, ended: Ended) -> None:
     assert receive(one) == "from the fork"
     ended(one)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_keeps_nothing_of_what_was_lent(pipe: MakePipe, ended: Ended) -> None:
+    hold, held = pipe()
+    one, other = pipe()
+    data = pickle.dumps(other)
+    pid = os.fork()
+    if pid == 0:
+        for connection in (one, other, hold):
+            connection.close()
+        with contextlib.suppress(EOFError):
+            held.recv()
+        os._exit(0)
+    other.close()
+    pickle.loads(data).close()
+    ended(one)
+    hold.close()
+    held.close()
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_strangers_get_nothing(pipe: MakePipe) -> None:

@@ -66,6 +66,18 @@ def test_ends_by_name_by_value_and_within_others(
         ended(connection)
 
 
+def test_the_child_has_no_copy_but_its_own(
+    pipe: MakePipe, start: Start, receive: Receive, ended: Ended
+) -> None:
+    ours, theirs = pipe()
+    # It is pickled by name first, in vain, after it has taken the connection along.
+    process = start(targets.say_and_close, theirs, "here", lambda: None)
+    theirs.close()
+    assert receive(ours) == "here"
+    ended(ours)
+    assert process.is_alive()
+
+
 def test_a_subclass_of_process(pipe: MakePipe, receive: Receive, ended: Ended) -> None:
     class Speaker(fiber.Process):
         def __init__(self, connection: Connection) -> None:
@@ -170,12 +182,42 @@ def count_and_write(control: Connection, everything: list[Connection]) -> None:
         writer.send(number)
 
 
-@pytest.mark.parametrize("backend_fails", [False, True], ids=["pickling", "starting"])
+DROPPED = """
+import os, resource, socket
+from fiber.wire.channel import Channel
+
+ours, theirs = map(Channel, socket.socketpair())
+theirs.takes_fds = True
+ours.post(1, b"five", (), [0] * 5)
+ours.post(2, b"two", (), [0, 0])
+ours.flush()
+before = os.listdir("/dev/fd")
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 3, hard))
+frames = theirs.read()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+while len(frames) < 2:
+    frames += theirs.read()
+print([frame.kind for frame in frames], theirs.take_fds(5))
+ours.post(3, b"two more", (), [0, 0])
+ours.flush()
+print(len(theirs.take_fds(2)), [frame.kind for frame in theirs.read()], len(theirs.take_fds(2)))
+print(len(os.listdir("/dev/fd")) - len(before))
+"""
+
+
+def test_descriptors_that_the_system_dropped(run_script: Callable[..., Any]) -> None:
+    """A process that has too many open gets none, and never those of another frame."""
+    done = run_script(DROPPED)
+    assert (done.stdout, done.stderr) == ("[1, 2] []\n0 [3] 2\n2\n", "")
+
+
+@pytest.mark.parametrize("unpickling", [False, True])
 def test_a_process_that_does_not_start_keeps_nothing(
-    backend_fails: bool, pipe: MakePipe, ended: Ended, monkeypatch: pytest.MonkeyPatch
+    unpickling: bool, pipe: MakePipe, ended: Ended
 ) -> None:
     ours, theirs = pipe()
-    if backend_fails:
+    if unpickling:
         process = fiber.Process(target=targets.hold, args=(theirs, targets.Unloadable()))
         process.start()
         theirs.close()

@@ -176,9 +176,17 @@ def acquire_and_hang(lock: Any, ready: Any) -> None:
     time.sleep(FOREVER)
 
 
-def hold_and_hang(proxy: Any, ready: Any) -> None:
+def make_child_and_hang(tool: Any, ready: Any) -> None:
+    child = tool.child("small")
+    assert child.see(1) == 1
     ready.set()
     time.sleep(FOREVER)
+
+
+def use_until_it_fails(items: Any, ready: Any) -> NoReturn:
+    while True:
+        assert items[:] == [1]
+        ready.set()
 
 
 def block(proxy: Any, method: str, ready: Any) -> None:

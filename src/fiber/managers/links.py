@@ -14,6 +14,7 @@ connection. With a server of multiprocessing that takes a connection for each.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import socket
@@ -289,9 +290,9 @@ class Remote:
             reply = link.read()
         except BaseException as error:
             link.close()
-            if isinstance(error, (EOFError, OSError)):
+            if _tells_of_death(error):
                 raise self.died() from error
-            raise
+            raise  # of a signal handler
         self._give(link)
         result: tuple[str, Any] = link.loads(reply)
         return result
@@ -343,6 +344,13 @@ class Remote:
         if self.has_shut_down():
             return PeerDied(f"{self.name} was shut down")
         return PeerDied(f"{self.name} has ended")
+
+
+def _tells_of_death(error: BaseException) -> bool:
+    """Whether it is what a socket raises when the other side is gone."""
+    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+        return True  # the other host is silent
+    return isinstance(error, (EOFError, ConnectionError))
 
 
 _remotes: WeakValueDictionary[tuple[Any, str], Remote] = WeakValueDictionary()
