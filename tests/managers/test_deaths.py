@@ -42,8 +42,8 @@ def test_a_killed_server(manager: Any, kill: Kill) -> None:
     for call in (
         lambda: items["a"],
         lambda: items.update(b=1),
-        lambda: manager.list(),
-        lambda: manager.Lock(),
+        manager.list,
+        manager.Lock,
     ):
         with pytest.raises(fiber.PeerDied, match=text) as caught:
             call()
@@ -149,9 +149,7 @@ def test_a_proxy_that_is_unpickled_when_the_server_is_gone(manager: Any, kill: K
             pool.apply(len, (items,))
 
 
-def test_another_manager_takes_the_place_of_one_that_was_killed(
-    kill: Kill, tmp_path: Path
-) -> None:
+def test_another_manager_takes_the_place_of_one_that_was_killed(kill: Kill, tmp_path: Path) -> None:
     address = str(tmp_path / "s")
     first = managers.SyncManager(address=address)
     first.start()
@@ -238,9 +236,7 @@ def test_an_interrupted_program_ends_with_its_manager(start_script: Callable[...
 
 
 @pytest.mark.parametrize("typeid", ["Lock", "RLock", "Semaphore", "BoundedSemaphore"])
-def test_a_killed_process_does_not_keep_a_lock(
-    manager: Any, kill: Kill, typeid: str
-) -> None:
+def test_a_killed_process_does_not_keep_a_lock(manager: Any, kill: Kill, typeid: str) -> None:
     lock, ready = getattr(manager, typeid)(), manager.Event()
     process = fiber.Process(target=targets.acquire_and_hang, args=(lock, ready))
     process.start()
@@ -279,9 +275,7 @@ def test_a_client_that_is_killed_in_the_middle_of_a_message(manager: Any) -> Non
     connection: Any = fiber.connection.Client(manager.address, authkey=bytes(manager._authkey))
     with connection:
         os.write(connection.fileno(), b"\0\0\1\0half")
-    other: Any = multiprocessing.connection.Client(
-        manager.address, authkey=bytes(manager._authkey)
-    )
+    other: Any = multiprocessing.connection.Client(manager.address, authkey=bytes(manager._authkey))
     with other:
         other.send_bytes(b"no pickle")
         kind, text = other.recv()

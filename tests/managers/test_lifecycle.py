@@ -110,9 +110,7 @@ def test_a_manager_in_a_worker_and_in_a_daemonic_process(run: Run) -> None:
         ran, used = pool.apply(targets.use_manager)
     assert len({ran, used, os.getpid()}) == 3
     reader, writer = fiber.Pipe(duplex=False)
-    process = fiber.Process(
-        target=targets.report, args=(writer, targets.use_manager), daemon=True
-    )
+    process = fiber.Process(target=targets.report, args=(writer, targets.use_manager), daemon=True)
     with reader, writer:
         process.start()
         ran, used = reader.recv()

@@ -1,4 +1,4 @@
-"""Managers of other programs: of plain multiprocessing, without any Fiber, and of other sessions."""
+"""Managers of other programs: of plain multiprocessing, and of other sessions."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def server(plain: Callable[..., Program], address: Any) -> Iterator[tuple[Any, P
     program = plain(SERVER, *([address] if isinstance(address, str) else address))
     manager = Manager(eval(program.ask()), AUTHKEY)
     manager.connect()
-    yield manager, program
+    return manager, program
 
 
 def test_containers_of_a_plain_server(server: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_plain_server_that_is_killed(server: Any, until: Callable[..., Any]) -
     items = manager.list([1])
     program.process.send_signal(signal.SIGKILL)
     program.process.wait(20)
-    for call in (lambda: items[:], manager.list, lambda: manager.Tool()):
+    for call in (lambda: items[:], manager.list, manager.Tool):
         with pytest.raises(fiber.PeerDied, match=r"the manager at .* has ended"):
             call()
 

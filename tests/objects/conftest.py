@@ -19,7 +19,7 @@ DEADLINE = 20.0
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., fiber.Process]]:
-    """`start(target, *args, **kwargs)`: a running process; killed after the test if it still runs."""
+    """`start(target, *args, **kwargs)`: a running process; killed after the test."""
     started: list[fiber.Process] = []
 
     def begin(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fiber.Process:
