@@ -197,13 +197,14 @@ def test_a_program_ends_with_an_open_pool(end: str, program: Callable[..., Any])
 def test_an_open_pool_is_told_like_any_open_resource(
     where: str, program: Callable[..., Any]
 ) -> None:
-    """With warnings on, a dropped pool says so, as multiprocessing's does; and it ends."""
+    """With warnings on, a dropped pool says so, in multiprocessing's words; and it ends."""
     drop = "del pool\nimport gc; gc.collect()\ntime.sleep(0.3)" if where == "local" else ""
     running = program(source(USED + drop), env={"PYTHONWARNINGS": "always::ResourceWarning"})
     assert running.end(within=5) == 0
     assert "Traceback" not in running.err
     if where == "local":
-        assert "unclosed running <fiber.Pool" in running.err
+        words = "ResourceWarning: unclosed running multiprocessing pool <fiber.Pool running"
+        assert words in running.err
     running.leaves_nothing(within=2)
 
 

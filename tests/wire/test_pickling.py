@@ -198,19 +198,24 @@ class Stubborn:
 
 class Silent:
     def __reduce__(self) -> tuple[Any, ...]:
-        raise KeyError
+        raise TypeError
 
 
 def test_what_cannot_be_pickled_is_named() -> None:
     with pytest.raises(SerializationError, match="lock"):
         dumps({"a": [threading.Lock()]})
-    with pytest.raises(SerializationError, match="I stay here") as error:
-        dumps(Stubborn())
-    assert isinstance(error.value.__cause__, RuntimeError)
-    with pytest.raises(SerializationError, match="KeyError"):
+    with pytest.raises(SerializationError, match="TypeError") as error:
         dumps(Silent())
+    assert isinstance(error.value.__cause__, TypeError)
     with pytest.raises(TypeError):
         dumps(threading.get_ident for _ in range(3))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_an_object_itself_raises_comes_as_it_is(share: bool) -> None:
+    """As with multiprocessing, whose users may catch it by its type."""
+    with pytest.raises(RuntimeError, match="I stay here"):
+        dumps(Stubborn(), share=share)
 
 
 def test_what_is_nested_too_deep_is_an_error_and_no_crash() -> None:
