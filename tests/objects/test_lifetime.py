@@ -12,7 +12,7 @@ import pytest
 from tests.objects import actors
 
 import fiber
-from fiber.runtime import home
+from fiber.runtime import home, session
 
 DEADLINE = 20.0
 
@@ -110,18 +110,13 @@ def test_thousands_of_objects_leave_nothing() -> None:
     assert more_descriptors == descriptors
 
 
-def test_thousands_of_queues_in_another_process_leave_nothing(start: Callable[..., Any]) -> None:
+def test_thousands_of_queues_in_another_process_leave_nothing(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+) -> None:
+    """Here, where they live, from when their pickles need no more be waited for."""
+    monkeypatch.setattr(home, "_LEASE", 0.5)
     way, back = fiber.Queue(), fiber.Queue()
-
-    def send(count: int) -> None:
-        queues = [fiber.Queue() for _ in range(count)]
-        for q in queues:
-            q.put("in")
-            way.put(q)
-        for q in queues:
-            assert q.get(timeout=DEADLINE) in ("in", "out")
-            q.put("in")
-
+    served = session.current().home.objects
     rounds, each = 4, 500
     start(actors.use_queues_that_come, way, back, rounds, each)
     counts = []
@@ -133,10 +128,24 @@ def test_thousands_of_queues_in_another_process_leave_nothing(start: Callable[..
         counts.append(back.get(timeout=DEADLINE))
         assert [q.get(timeout=DEADLINE) for q in queues] == ["out"] * each
         del q, queues
+        until(lambda: len(served) == 2, "the end of the queues")
         counts[-1] += actors.count_objects()
     for number in range(4):
         first, last = counts[1][number], counts[-1][number]
         assert last - first < 200, counts
+
+
+def test_a_lock_that_is_held_is_kept_for_nobody(until: Callable[..., Any]) -> None:
+    """Nor is a queue of which not all is done: when nobody has it, nobody can ask for it."""
+    served = session.current().home.objects
+    lock, semaphore, q = fiber.Lock(), fiber.Semaphore(3), fiber.JoinableQueue()
+    lock.acquire()
+    semaphore.acquire()
+    q.put("item")
+    q.get()
+    assert len(served) == 3
+    del lock, semaphore, q
+    until(lambda: not served, "their end")
 
 
 def test_more_queues_than_there_are_counts_in_shared_memory(start: Callable[..., Any]) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "CALL",
     "CANCEL",
     "CAST",
+    "COUNTS_SIZE",
     "FREE",
     "GOODBYE",
     "LEASE",
@@ -57,6 +58,9 @@ SERVICE = "home"
 CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, NOTE, FREE = range(32, 43)
 """Kinds of frames: the last three come from a home, the others go to it."""
 
+COUNTS_SIZE = 1 << 16
+"""Bytes of the memory that a process shares with a home. What is not used of it costs nothing."""
+
 _LEASE = 60.0  # seconds that an object without a user is kept once it was pickled
 
 
@@ -68,7 +72,7 @@ class Client:
         pid: its process ID.
         died: whether it ended without a good-bye.
         supervised: somebody else, such as a pool, makes good for its death.
-        counts: memory that it shares with us, where it counts what it takes; see `served.queue`.
+        counts: memory that it shares with us, in which it counts what it takes of queues.
     """
 
     def __init__(self, home: Home, link: Link | None, facts: dict[str, Any]) -> None:
@@ -122,7 +126,7 @@ class Client:
     def _map_page(self, path: str) -> None:
         with contextlib.suppress(OSError):
             with open(path, "r+b") as file:
-                self.counts = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+                self.counts = memoryview(mmap.mmap(file.fileno(), COUNTS_SIZE)).cast("Q")
             os.unlink(path)
 
     def on_lost(self) -> None:
@@ -214,11 +218,12 @@ class Served:
         self.home = home
         self.id = int.from_bytes(os.urandom(8), "big")
         self.users: set[Client] = set()
+        self.kept: set[Client] = set()  # those without a reference, see `keeps`
         self.met: set[int] = set()  # the processes that ever used it
         self.leased_until = 0.0  # of `time.monotonic`; it may be in a pickle under way
 
     def keeps(self, client: Client) -> bool:
-        """Whether `client` matters to it even when that has no reference any more."""
+        """Whether `client`'s end matters to it even when that has no reference any more."""
         return False
 
     def left(self, client: Client, died: bool) -> None:
@@ -292,6 +297,7 @@ class Home:
         served = self.objects.get(target)
         if served is not None:
             served.users.add(client)
+            served.kept.discard(client)
             served.met.add(client.pid)
             client.uses.add(served)
             timer = self._dropping.pop(served, None)
@@ -301,21 +307,29 @@ class Home:
     def detach(self, client: Client, target: int) -> None:
         """`client` has none any more."""
         served = self.objects.get(target)
-        if served is not None and not served.keeps(client):
+        if served is None:
+            return
+        if served.keeps(client):
+            served.kept.add(client)
+            self._drop_if_unused(served)
+        else:
             self._leave(client, served, died=False)
 
-    def never_came(self, name: str, pid: int, targets: Collection[int]) -> None:
-        """A process has died that was given objects when it was started.
+    def ended(self, name: str, pid: int, targets: Collection[int], died: bool) -> None:
+        """A process has ended that was given objects when it was started.
 
         Args:
             name, pid: of the process.
-            targets: the objects. Those that it has never used hear of its end from here.
+            targets: the objects. Those that it has never used hear from here that it died.
+            died: whether it did.
         """
         client = Client(self, None, {"name": name, "pid": pid})
         for target in targets:
             served = self.objects.get(target)
-            if served is not None and pid not in served.met:
-                served.left(client, died=True)
+            if served is not None:
+                if died and pid not in served.met:
+                    served.left(client, died=True)
+                served.met.discard(pid)  # another process may have that ID one day
 
     def lease(self, target: int) -> None:
         """Keep the object for a while, for a pickle of it is under way."""
@@ -343,9 +357,13 @@ class Home:
 
     def _leave(self, client: Client, served: Served, died: bool) -> None:
         served.users.discard(client)
+        served.kept.discard(client)
         client.uses.discard(served)
         served.left(client, died)
-        if not served.users and served not in self._dropping:
+        self._drop_if_unused(served)
+
+    def _drop_if_unused(self, served: Served) -> None:
+        if served.users == served.kept and served not in self._dropping:
             left = served.leased_until - monotonic()
             if left <= 0:
                 self._drop(served)
@@ -355,7 +373,9 @@ class Home:
 
     def _drop(self, served: Served) -> None:
         self._dropping.pop(served, None)
-        if not served.users:
+        if served.users == served.kept:
+            for client in served.kept:
+                client.uses.discard(served)
             self.objects.pop(served.id, None)
             served.dropped()
 

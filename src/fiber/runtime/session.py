@@ -138,8 +138,8 @@ class Session:
         """A process that we started has ended, which nobody knows yet."""
         if self._home is not None and child.pid is not None:
             self._home.read_all(child.pid)
-            if code != 0 and child.handed:
-                self._home.never_came(child.name, child.pid, child.handed)
+            if child.handed:
+                self._home.ended(child.name, child.pid, child.handed, code != 0)
 
     def _was_told_to_end(self, pid: int) -> bool:
         return any(agent.was_told_to_end(pid) for agent in self._agents.values())
