@@ -59,7 +59,7 @@ class QueueRef(Ref):
     """The queue, as this process has it: what is put and not sent, granted and not taken.
 
     Attributes:
-        here: the items themselves, once `prepare` has found that they live in this process.
+        here: the queue itself, once `prepare` has found that it lives in this process.
     """
 
     def __init__(self, address: str, target: int) -> None:
@@ -71,13 +71,13 @@ class QueueRef(Ref):
         self._send_at = 0.0  # of `monotonic`: from then on, a put sends at once
         self._armed = False  # whether a timer will send what is pending
         self._ready: deque[Item] = deque()
-        self._mutex = threading.RLock()  # guards the count of what was taken
-        self._taken = 0
+        self._end = 0  # how many items were ever granted
+        self._mutex = threading.Lock()  # guards these two
         self._counts: memoryview | None = None
-        self._slot = -1  # where in these is ours
-        self._want = 1
+        self._slot = -1  # where in these is the count of what was taken, and behind it its limit
         self._granted_at = 0.0
-        self.here: deque[Item] | None = None
+        self._taken_then = 0
+        self.here: ServedQueue | None = None
         self._prepared: Way | None = None
         self._preparing = threading.Lock()
 
@@ -100,7 +100,7 @@ class QueueRef(Ref):
             with way.loop:
                 served = way.home.objects.get(self.id)
             if isinstance(served, ServedQueue) and not served.bounded:
-                self.here = served.items
+                self.here = served
         else:
             self._counts, self._slot = way.counter()
         self._prepared = way
@@ -202,47 +202,85 @@ class QueueRef(Ref):
         if self._pending:
             self.flush()
         if self._ready:
-            with self._mutex:
-                if self._ready:
-                    self._count()
-                    return (self._ready.popleft(),)
+            found = self._take()
+            if found is not None:
+                return found
         way = self.prepare()
-        if isinstance(way, Here):
-            if self.here is not None:
-                try:
-                    return (self.here.popleft(),)
-                except IndexError:
-                    pass
-            call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
-            if call is None or call.result is None:
-                return None
-            return (call.result[0],)
-        return self._get_remotely(seconds)
+        if isinstance(way, Peer):
+            return self._get_remotely(seconds)
+        here = self.here
+        if here is not None:
+            with here.mutex:
+                if here.items and here.ahead is None:
+                    return (here.items.popleft(),)
+        call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
+        if call is None or call.result is None:
+            return None
+        return (call.result[0],)
 
     def _get_remotely(self, seconds: float | None) -> tuple[Item] | None:
-        quick = (monotonic() - self._granted_at) < self._want * _QUICK
-        self._want = min(2 * self._want, _MOST) if quick else 1
-        facts = (self._want, seconds, self._slot, self._taken)
-        call = self.call_for("get", facts, timeout=seconds, undo=self._undo, accept=self._accept)
-        self._granted_at = monotonic()
-        return None if call is None else call.result
+        deadline = None if seconds is None else monotonic() + seconds
+        try:
+            while True:
+                taken = self._end - len(self._ready)
+                used = taken - self._taken_then
+                quick = monotonic() - self._granted_at < used * _QUICK
+                facts = (min(2 * used, _MOST) if quick else 1, seconds, self._slot, taken)
+                call = self.call_for("get", facts, (), seconds, self._unpin, self._accept)
+                if call is None or call.result is None:
+                    return None
+                self._granted_at, self._taken_then = monotonic(), taken
+                found = self._take()
+                if found is not None:
+                    return found
+                if deadline is not None:
+                    seconds = max(0.0, deadline - monotonic())
+        except BaseException:
+            loop = self.loop
+            if not (loop.closed or loop.failed):
+                with loop:
+                    self._unpin()
+            raise
 
-    def _accept(self, result: Any, buffers: Sequence[Buffer]) -> tuple[Item] | None:
-        """Items were granted: the first is for who asked, the others are ready. In the loop."""
-        if result is None:
-            return None
+    def _accept(self, result: Any, buffers: Sequence[Buffer]) -> Any:
+        """Items were granted: they are ready to be taken. In the loop."""
+        if result is not None:
+            start, items = result
+            with self._mutex:
+                # What the home has recalled since is at the end of what is ready.
+                for _ in range(min(self._end - start, len(self._ready))):
+                    self._ready.pop()
+                self._ready.extend([list(buffers)] if items == PARTS else items)
+                self._end = start + (1 if items == PARTS else len(items))
+        return result
+
+    def _take(self) -> tuple[Item] | None:
+        """Take the first item that is ready; None if there is none, or it was recalled."""
+        counts, slot = self._counts, self._slot
         with self._mutex:
-            if type(result[0]) is Block:
+            ready = self._ready
+            if not ready:
+                return None
+            taken = self._end - len(ready) + 1
+            is_block = type(ready[0]) is Block
+            if is_block:
                 # Read before it is counted: then it will be used again.
-                item = self._read(result[0])
-                self._count()
-                self.way.cast(self.id, "took", (self._taken,), ())
-                return (item,)
-            self._count()
-            if result == PARTS:
-                return (list(buffers),)
-            self._ready.extend(result[1:])
-        return (result[0],)
+                try:
+                    ready[0] = self._read(ready[0])
+                except PeerDied:
+                    ready.popleft()
+                    raise
+            if counts is not None:
+                # In this order: see `served.queue`.
+                counts[slot] = taken
+                if counts[slot + 1] < taken:
+                    counts[slot] = taken - 1
+                    return None
+            found = (ready.popleft(),)
+        if is_block or counts is None:
+            with self.loop:
+                self.way.cast(self.id, "took", (taken,), ())
+        return found
 
     def _read(self, block: Block) -> Item:
         """Return a copy of what is in a block."""
@@ -264,44 +302,28 @@ class QueueRef(Ref):
             with way.loop:
                 way.home.block_read(item)
 
-    def _count(self) -> None:
-        """One more item was taken."""
-        self._taken += 1
-        if self._counts is not None:
-            self._counts[self._slot] = self._taken
-        else:
-            way = self.way
-            with contextlib.nullcontext() if way.loop.held else way.loop:
-                way.cast(self.id, "took", (self._taken,), ())
-
     def _undo(self, result: Any) -> None:
-        """Give back, within the loop, an item that nobody takes."""
-        if result is not None and result != PARTS:
-            item = result[0]
-            facts, buffers = ((None,), item) if type(item) is list else ((item,), ())
-            self.way.cast(self.id, "unget", facts, buffers)
+        """Give back, within the loop, an item that no thread of the home takes."""
+        if result is not None:
+            self.way.cast(self.id, "unget", (result[0],), ())
 
-    def on_note(self, *facts: Any) -> None:
-        """The home wants back what is not used."""
-        with self._mutex:
-            unused = len(self._ready)
-            self._ready.clear()
-            self.way.cast(self.id, "give_back", (self._taken, unused), ())
+    def _unpin(self, result: object = None) -> None:
+        """Tell the home, within the loop, that nobody waits for what it has granted."""
+        with contextlib.suppress(PeerDied):
+            self.way.cast(self.id, "unpin", (), ())
 
     def __del__(self) -> None:
         way, target = self._way, self.id
-        if way is not None and not way.loop.closed and (self._pending or self._ready):
-            items, counts = list(self._pending), (self._taken, len(self._ready))
-            way.loop.call_soon(lambda: _give_up(way, target, items, counts))
+        if self._pending and way is not None and not way.loop.closed:
+            items = list(self._pending)
+            way.loop.call_soon(lambda: _put_last(way, target, items))
         super().__del__()
 
 
-def _give_up(way: Way, target: int, items: list[Item], counts: tuple[int, int]) -> None:
-    """A reference was collected: send what was put by it, return what it was granted."""
+def _put_last(way: Way, target: int, items: list[Item]) -> None:
+    """Send what was put by a reference that was collected."""
     with contextlib.suppress(PeerDied):
-        if items:
-            way.cast(target, "put", (items,), ())
-        way.cast(target, "give_back", counts, ())
+        way.cast(target, "put", (items,), ())
 
 
 def _seconds(block: bool, timeout: float | None) -> float | None:

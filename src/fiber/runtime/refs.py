@@ -28,6 +28,7 @@ from fiber.runtime.home import (
     CALL,
     CANCEL,
     CAST,
+    COUNTS_SIZE,
     FREE,
     GOODBYE,
     LEASE,
@@ -271,7 +272,7 @@ class Peer:
             call.done.set()
 
     def counter(self) -> tuple[memoryview | None, int]:
-        """Return counts that the home can read as well, and the index of one to use.
+        """Return counts that the home shares, and the index of two of them to use.
 
         They are in a file that both map. If that cannot be, None and a number below 0; whichever
         the number is, it is not given out again.
@@ -279,17 +280,17 @@ class Peer:
         with self._connecting:
             if self._page is None:
                 self._page = self._make_page()
-            self._slots += 1
+            self._slots += 2
             if self._page is None or self._slots > len(self._page):
                 return None, -self._slots
-            return self._page, self._slots - 1
+            return self._page, self._slots - 2
 
     def _make_page(self) -> memoryview | None:
         path = os.path.join(self._session.folder, f"{os.getpid()}-{os.urandom(4).hex()}.page")
         try:
             with open(path, "x+b") as file:
-                file.truncate(mmap.PAGESIZE)
-                page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+                file.truncate(COUNTS_SIZE)
+                page = mmap.mmap(file.fileno(), COUNTS_SIZE)
         except OSError:
             return None  # no room, or no folder: a queue can do without
         with self.loop:

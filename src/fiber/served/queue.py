@@ -7,8 +7,12 @@ if it dies before, the item goes back to where it was. How many items a process 
 in memory that it shares with the home (`Client.counts`), so that the count is right even when the
 process is killed between two instructions.
 
-To a process that takes items quickly more than one is granted at a time. Should somebody else wait
-while such items lie unused, they are called back.
+A process that takes items quickly is granted several at a time: ahead of its asking, while nobody
+else asks. As soon as somebody does, those that it has not taken are recalled, so that every item
+goes to the first who asks for one, in order. To recall them is to lower a limit, in that memory,
+beyond which the process may not count: first it raises its count, then it looks at the limit; we
+first lower the limit, then look at the count. A process that shares no memory with us is granted
+one item at a time.
 
 A process that dies may have owed items. That is told to those who wait without a time-out, once the
 queue has been empty for a moment.
@@ -16,7 +20,9 @@ queue has been empty for a moment.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from time import perf_counter
 from typing import Any
 
 from fiber.errors import PeerDied
@@ -33,7 +39,7 @@ PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
-_HASTE = 0.5  # seconds that a get which shall not wait does wait for items to be given back
+_SETTLED = 5e-6  # seconds in which what one processor has written is there for another to read
 _GRANT = 1 << 16  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
@@ -44,37 +50,78 @@ class _Lease:
     """What one process was granted and may not have taken yet.
 
     Attributes:
+        client: the process.
         items: in order.
-        slot: of the reference by which it gets, see `do_get`.
-        taken: how many it has taken by that reference.
-        owed: how many by earlier ones.
+        slot: where in its counts is what it takes, if that is not below 0; see `do_get`.
+        taken: how many it has taken by its present reference.
+        pinned: up to which count none is recalled: somebody was promised each of these.
+        owed: how many it has taken by earlier references.
         done: how many of all of these it has marked as done.
-        called_back: whether it was asked to give back what it does not use.
     """
 
-    def __init__(self, slot: int, before: _Lease | None = None) -> None:
+    def __init__(self, client: Client, slot: int, before: _Lease | None = None) -> None:
+        self.client = client
         self.slot = slot
         self.items: deque[Item] = deque()
-        self.taken = 0
+        self.taken = self.pinned = 0
         self.owed: int = before.owed + before.taken if before is not None else 0
         self.done: int = before.done if before is not None else 0
-        self.called_back = False
 
-    def count(self, client: Client) -> int:
-        """Return how many items were taken, as the process counts them."""
-        if self.slot >= 0 and client.counts is not None:
-            return client.counts[self.slot]
-        return self.taken
+    @property
+    def shared(self) -> bool:
+        """Whether we share memory with the process."""
+        return self.slot >= 0 and self.client.counts is not None
 
-    def settle(self, client: Client, taken: int | None = None) -> None:
+    @property
+    def end(self) -> int:
+        """How many it was granted."""
+        return self.taken + len(self.items)
+
+    @property
+    def ahead(self) -> int:
+        """How many items it has that it did not ask for yet."""
+        return self.end - max(self.pinned, self.taken)
+
+    def add(self, items: list[Item]) -> None:
+        """Grant items, of which the first was asked for; the others can be recalled."""
+        self.items.extend(items)
+        self.pin()
+        self._limit(self.end)
+
+    def pin(self) -> None:
+        """Promise that one more can be taken for sure."""
+        self.pinned = max(self.pinned, self.taken) + 1
+
+    def settle(self, taken: int | None = None) -> None:
         """Drop what was taken, and give back its blocks."""
         if taken is None:
-            taken = self.count(client)
+            counts = self.client.counts
+            taken = counts[self.slot] if self.slot >= 0 and counts is not None else self.taken
         while self.taken < taken and self.items:
             item = self.items.popleft()
             if type(item) is Block:
-                client.home.block_read(item)
+                self.client.home.block_read(item)
             self.taken += 1
+
+    def recall(self) -> list[Item]:
+        """Return what was granted ahead and is not taken: the process will find that it is gone."""
+        self.settle()
+        if self.ahead <= 0:
+            return []
+        # The process may be counting at this very moment. It looks at the limit after that, so
+        # either it sees that we were faster, or we see its count; once both writes have settled.
+        limit = max(self.pinned, self.taken)
+        self._limit(limit)
+        settled = perf_counter() + _SETTLED
+        while perf_counter() < settled:
+            pass
+        self.settle()
+        items = [self.items.pop() for _ in range(self.end - max(limit, self.taken))]
+        return items[::-1]
+
+    def _limit(self, count: int) -> None:
+        if self.shared:
+            self.client.counts[self.slot + 1] = count  # type: ignore[index]
 
 
 class ServedQueue(Served):
@@ -84,16 +131,22 @@ class ServedQueue(Served):
         home: where it lives.
         maxsize: how many items it holds at the most; 0 for any number.
         joinable: whether items are marked as done.
+
+    Attributes:
+        items: in order, save those on lease.
+        mutex: guards the next two, for threads of the home that take items without the loop.
+        ahead: the one lease with items that were granted ahead, which come before all others.
     """
 
     def __init__(self, home: Home, maxsize: int, joinable: bool) -> None:
         super().__init__(home)
         self._joinable = joinable
         self.items: deque[Item] = deque()
+        self.mutex = threading.Lock()
+        self.ahead: _Lease | None = None
         self._maxsize = maxsize
         self._getters: dict[Request, int] = {}  # and how many items they could use
         self._patient: set[Request] = set()  # those of them without a time-out
-        self._hasty: set[Request] = set()  # those that wait only for leases to come back
         self._putters: dict[Request, Item] = {}
         self._leases: dict[Client, _Lease] = {}
         self._producers: set[Client] = set()
@@ -152,30 +205,35 @@ class ServedQueue(Served):
     ) -> None:
         """Answer up to `want` items, or PARTS; None when time is out.
 
+        Another process is also told how many it was granted before these. It may be sent none: then
+        it has some that it can take.
+
         Args:
             request: the call.
             want: how many could be used soon.
             seconds: how long to wait.
-            slot: of its reference; where in its counts is what it takes, if that is not below 0.
+            slot: of its reference; where in its counts is what it takes, and next to it the limit
+                of that; below 0 if we share no memory.
             taken: that count.
         """
         client = request.client
         if client.link is not None:
-            lease = self._leases.get(client)
-            if lease is not None and lease.slot != slot:  # its process dropped it, and began anew
-                lease.settle(client)
-                self._take_back(lease, len(lease.items))
-                lease = _Lease(slot, lease)
-            elif lease is None:
-                lease = _Lease(slot)
-            self._leases[client] = lease
-            lease.settle(client, taken)
+            lease = self._lease(client, slot)
+            lease.settle(None if lease.shared else taken)
+            if lease.taken > taken:  # one that it took while we recalled it is its own after all
+                request.answer((lease.end, []))
+                return
+            if lease.ahead > 0:  # on their way to another of its threads, or there
+                lease.pin()
+                request.answer((lease.end, []))
+                return
+        if self.ahead is not None:
+            self._recall()
         self._getters[request] = 1 if self._maxsize else want
         self._serve()
         if request not in self._getters:
             return
-        waits = self._call_back()
-        if seconds == 0 and not waits:
+        if seconds == 0:
             self._time_out(request)
             return
         request.on_withdrawn = lambda: self._forget(request)
@@ -183,40 +241,36 @@ class ServedQueue(Served):
             self._patient.add(request)
             if self._died:
                 request.expire(_STALL, self._tell)
-        elif seconds == 0:
-            self._hasty.add(request)
-            request.expire(_HASTE, lambda: self._time_out(request))
         else:
             request.expire(seconds, lambda: self._time_out(request))
 
     def do_unget(self, request: Request, item: Item) -> None:
-        """Take back an item that was granted and that nobody took."""
-        self.items.appendleft(list(request.buffers) if request.buffers else item)
+        """Take back an item that a thread of the home was given and did not take."""
+        self.items.appendleft(item)
         self._serve()
 
+    def do_unpin(self, request: Request) -> None:
+        """A process was interrupted when it waited for items, and may not take those it has."""
+        lease = self._leases.get(request.client)
+        if lease is not None:
+            lease.settle()
+            lease.pinned = lease.taken
+            with self.mutex:
+                if self.ahead is lease:
+                    self.ahead = None
+                self.items.extendleft(reversed(lease.recall()))
+            self._serve()
+
     def do_took(self, request: Request, taken: int) -> None:
-        """Hear how much was taken, from a process that shares no memory with us."""
+        """Hear how much was taken: of a block, or from a process that shares no memory with us."""
         lease = self._leases.get(request.client)
         if lease is not None:
-            lease.settle(request.client, taken)
-
-    def do_give_back(self, request: Request, taken: int, unused: int) -> None:
-        """Take back what was granted and is not used, save what is only on its way there."""
-        lease = self._leases.get(request.client)
-        if lease is not None:
-            lease.called_back = False
-            lease.settle(request.client, taken)
-            self._take_back(lease, unused)
-        self._end_haste()
-
-    def do_unknown(self, request: Request, *facts: object) -> None:
-        """A process that was called back has dropped the queue meanwhile."""
-        lease = self._leases.get(request.client)
-        if lease is not None:
-            self.do_give_back(request, lease.count(request.client), len(lease.items))
+            lease.settle(taken)
 
     def do_watch(self, request: Request) -> None:
         """Answer once there is an item, and leave it there."""
+        if self.ahead is not None:
+            self._recall()
         if self.items:
             request.answer()
         else:
@@ -225,8 +279,8 @@ class ServedQueue(Served):
 
     def do_size(self, request: Request) -> None:
         """Answer how many items nobody has taken."""
-        for client, lease in self._leases.items():
-            lease.settle(client)
+        for lease in self._leases.values():
+            lease.settle()
         size = len(self.items)
         if not self._maxsize:  # else each was granted to who waited for it, and is as good as taken
             size += sum(len(lease.items) for lease in self._leases.values())
@@ -260,8 +314,6 @@ class ServedQueue(Served):
                 break
             request = next(iter(self._putters))
             self._accept(request, self._putters.pop(request))
-        if self._getters:
-            self._call_back()
         if self._watchers and self.items:
             watchers, self._watchers = self._watchers, {}
             for request in watchers:
@@ -283,57 +335,70 @@ class ServedQueue(Served):
 
     def _grant(self, request: Request) -> None:
         """Answer a getter with the first items."""
-        client = request.client
-        try:
-            first = self.items.popleft()
-        except IndexError:  # a thread of this process took it meanwhile
-            return
         want = self._getters[request]
-        self._forget(request)
-        lease = self._leases.get(client)
-        granted = [first]
-        if type(first) is list and lease is not None:
-            lease.items.append(first)
-            request.answer(PARTS, first)
+        lease = self._leases.get(request.client)
+        with self.mutex:
+            if not self.items:  # a thread of this process took it meanwhile
+                return
+            self._forget(request)
+            granted = [self.items.popleft()]
+            if lease is not None and lease.shared and not self._getters:
+                self._add_more(granted, want)
+                if len(granted) > 1:
+                    self.ahead = lease
+        if lease is None:
+            request.answer(granted)
             return
-        if lease is not None:
-            share = len(self.items) // max(len(self._leases), len(self._getters) + 1)
-            size = 0
-            while len(granted) < min(want, share) and type(first) is not Block:
-                item = self.items[0]
-                size += len(item) if type(item) in _SIZED else _SMALL
-                if type(item) in _ALONE or size > _GRANT:
-                    break
-                granted.append(item)
-                self.items.popleft()
-            lease.items.extend(granted)
-        request.answer(granted)
+        start = lease.end
+        lease.add(granted)
+        if type(granted[0]) is list:
+            request.answer((start, PARTS), granted[0])
+        else:
+            request.answer((start, granted))
 
-    def _call_back(self) -> bool:
-        """Ask for what was granted and is not used; return whether any may come."""
-        for other, lease in self._leases.items():
-            lease.settle(other)
-            if lease.items and not lease.called_back:
-                lease.called_back = True
-                other.note(self, "give_back")
-        return any(lease.called_back for lease in self._leases.values())
+    def _add_more(self, granted: list[Item], want: int) -> None:
+        """Grant more items than the first, ahead."""
+        if type(granted[0]) in _ALONE:
+            return
+        size = 0
+        while len(granted) < want and self.items:
+            item = self.items[0]
+            size += len(item) if type(item) in _SIZED else _SMALL
+            if type(item) in _ALONE or size > _GRANT:
+                break
+            granted.append(self.items.popleft())
 
-    def _take_back(self, lease: _Lease, count: int) -> None:
-        """Put the first items of a lease back to where they were."""
-        items = [lease.items.popleft() for _ in range(min(count, len(lease.items)))]
-        self.items.extendleft(reversed(items))
+    def _lease(self, client: Client, slot: int) -> _Lease:
+        """Return the lease of a process that gets by a reference with that slot."""
+        lease = self._leases.get(client)
+        if lease is None:
+            lease = self._leases[client] = _Lease(client, slot)
+        elif lease.slot != slot:  # its process dropped the queue, and began anew
+            lease.settle()
+            self._take_back(lease)
+            lease = self._leases[client] = _Lease(client, slot, lease)
+        return lease
+
+    def _recall(self) -> None:
+        """Take back what was granted ahead."""
+        lease = self.ahead
+        assert lease is not None
+        with self.mutex:
+            self.ahead = None
+            self.items.extendleft(reversed(lease.recall()))
+
+    def _take_back(self, lease: _Lease) -> None:
+        """Put the items of a lease that has ended back to where they were."""
+        with self.mutex:
+            if self.ahead is lease:
+                self.ahead = None
+            self.items.extendleft(reversed(lease.items))
+            lease.items.clear()
         self._serve()
-
-    def _end_haste(self) -> None:
-        """Answer those who wait only for leases, if there are none any more."""
-        if not any(lease.called_back for lease in self._leases.values()):
-            for request in list(self._hasty):
-                self._time_out(request)
 
     def _forget(self, request: Request) -> None:
         self._getters.pop(request, None)
         self._patient.discard(request)
-        self._hasty.discard(request)
 
     def _time_out(self, request: Request) -> None:
         self._forget(request)
@@ -381,13 +446,12 @@ class ServedQueue(Served):
         lease = self._leases.pop(client, None)
         took = False
         if lease is not None:
-            lease.settle(client)
+            lease.settle()
             taken = lease.owed + lease.taken
             took = taken > 0
             if died and taken > lease.done:
                 self._owed[str(client)] = taken - lease.done
-            self._take_back(lease, len(lease.items))
-            self._end_haste()
+            self._take_back(lease)
         owes = client in self._producers or not took
         self._producers.discard(client)
         if died and owes and not client.supervised and not self.home.forgiven(client.pid):
