@@ -18,6 +18,7 @@ import pytest
 from tests.pool import tasks
 
 import fiber
+from fiber.pool.crew import Crew
 
 MakePool = Callable[..., Any]
 
@@ -454,6 +455,47 @@ def test_an_initializer_that_ends_the_process_breaks_the_pool(tmp_path: Path, na
             pool.map(abs, [1])
     assert time.monotonic() - begin < 8
     assert len(log.read_text().split()) <= 10
+
+
+def test_a_pool_goes_on_with_the_workers_that_it_can_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where there is memory for one worker only: others are tried now and then, not at once."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+
+    def leave_room_for_one() -> None:
+        try:
+            (begun / "first").mkdir()
+        except FileExistsError:
+            (begun / str(os.getpid())).mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with fiber.Pool(2, leave_room_for_one) as pool:
+        assert pool.map(tasks.nap, [0.1] * 10, 1) == [0.1] * 10
+        assert pool.map(tasks.square, range(100)) == [x * x for x in range(100)]
+        assert len(list(begun.iterdir())) <= 9
+    assert "workers in a row ended before they were ready" in caplog.text
+    assert "was ended by SIGKILL" in caplog.text
+
+
+def test_a_pool_whose_constructor_was_interrupted_leaves_no_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fiber.Pool(1) as pool:  # there is an agent
+        pool.map(abs, [1])
+    recruit = Crew.recruit
+
+    def interrupted(crew: Crew) -> None:
+        recruit(crew)
+        crew.recruit = lambda: recruit(crew)  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGINT)  # its handler runs when the loop is left
+
+    monkeypatch.setattr(Crew, "recruit", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fiber.Pool(2)
+    wait_until(lambda: not fiber.active_children(), "the workers are gone")
+    assert caught.value is not None  # and that though the pool cannot have been collected
 
 
 def test_an_initializer_that_calls_sys_exit_ends_the_pool(tmp_path: Path) -> None:

@@ -116,17 +116,30 @@ class Pool:
         )
         self._resources = Resources()
         self._used = False
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self._drop()
+            raise
 
     def _begin(self) -> None:
-        self._master = master = Master(self._settings, self._resources)
+        # A Ctrl-C may come between any two of these: workers are the last thing that is made.
+        master = Master(self._settings, self._resources)
         self._loop: Loop = master.loop
-        _masters.add(master)
         # At exit before multiprocessing joins processes; it holds the master and not the pool, so
         # that a pool which is dropped can be collected.
         from multiprocessing import util  # not needed to import Fiber, and slow
 
         self._finalizer = util.Finalize(None, _terminate_at_exit, args=(master,), exitpriority=15)
+        self._master = master
+        _masters.add(master)
+        master.begin()
+
+    def _drop(self) -> None:
+        """End the workers soon, if there are any; nobody has the pool any more."""
+        if self._master is not None:
+            self._finalizer.cancel()
+            self._loop.call_soon(self._master.terminate)
 
     # Calls that wait ---------------------------------------------------------------------------
 
@@ -408,8 +421,7 @@ class Pool:
                 source=self,
                 stacklevel=2,
             )
-            self._finalizer.cancel()
-            master.loop.call_soon(master.terminate)
+            self._drop()
 
     def __reduce__(self) -> Any:
         raise TypeError("a pool cannot be pickled or sent to another process")

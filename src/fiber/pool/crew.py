@@ -6,8 +6,9 @@
                                                                     Foreman (`pool.master`)
 
 A worker is down when its process has ended and all that it still sent has been read. The crew
-starts another in its place as long as the foreman has work, and gives up when workers keep ending
-before they are up. All of it runs within the session's loop.
+starts another in its place as long as the foreman has work. When workers keep ending before they
+are up, it takes its time while others work, and gives up if there are none. All of it runs within
+the session's loop.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from fiber.wire.pickling import Packed, dumps, loads
 
 __all__ = ["Crew", "Foreman", "Settings", "Worker"]
 
-_BOOT_FAILURES = 3  # workers in a row that ended before they were up: the pool is broken
+_BOOT_FAILURES = 3  # workers in a row that ended before they were up, with none up: it is broken
+_REST = 0.1  # seconds, at first, before yet another is started while others are up
+_DOUBLINGS = 7  # of that
 _TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
 _CLOSE_GRACE = 5.0  # seconds that a worker has to end after it closed its channel
 _TAIL_LINES = 20
@@ -171,6 +174,7 @@ class Crew:
         self._foreman = foreman
         self._numbers = 0
         self._boot_failures = 0
+        self._resting = False
         self._dismissed = False
         self._cpu = resources.cpu or config.cpu_per_job
         self._agent = self._session.agent(settings.backend, self._cpu)
@@ -192,8 +196,26 @@ class Crew:
     def _needs_more(self) -> bool:
         if self._dismissed and not self._foreman.has_work:
             return False
+        if self._resting and self._some_are_up:
+            return False
         active = sum(not worker.stopping for worker in self.workers.values())
         return active < self.settings.processes
+
+    @property
+    def _some_are_up(self) -> bool:
+        return any(worker.up and not worker.stopping for worker in self.workers.values())
+
+    def _rest(self, why: str) -> None:
+        """Start no more for a while: what ended the last ones may last."""
+        if not self._resting:
+            self._resting = True
+            seconds = _REST * 2 ** min(self._boot_failures - _BOOT_FAILURES, _DOUBLINGS)
+            log(WARNING, "%s\nThe next one is started in %.1f seconds.", why, seconds)
+            self._session.loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._resting = False
+        self.recruit()
 
     def _start(self) -> None:
         self._numbers += 1
@@ -278,13 +300,15 @@ class Crew:
                 PoolBroken(f"{worker.describe_end()}; their agent was asked to end by SIGTERM")
             )
         if self._boot_failures >= _BOOT_FAILURES:
-            self._boot_failures = 0
-            self._foreman.crew_failed(
-                PoolBroken(
-                    f"{_BOOT_FAILURES} workers in a row ended before they were ready; the last: "
-                    f"{worker.describe_end()}{worker.last_words()}"
-                )
+            why = (
+                f"{self._boot_failures} workers in a row ended before they were ready; the last: "
+                f"{worker.describe_end()}{worker.last_words()}"
             )
+            if self._some_are_up:
+                self._rest(why)
+            else:
+                self._boot_failures = 0
+                self._foreman.crew_failed(PoolBroken(why))
         self.recruit()
         self._tell_if_gone()
 

@@ -101,6 +101,9 @@ class Master:
         self._done = self._failed = 0
         self._seconds = 0.0
         self._crew = Crew(settings, resources, self)
+
+    def begin(self) -> None:
+        """Start the workers."""
         with self.loop:
             self._crew.recruit()
 

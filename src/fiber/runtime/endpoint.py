@@ -35,6 +35,7 @@ _MAX_REASONS = 12
 _PAUSE = 0.1  # seconds
 
 _CLOSED = "it closed the connection before it said who it is"  # as a worker does that is killed
+_LATE = "nobody expects it any more"  # as when a pool is terminated while a worker starts
 
 Expected = Callable[[Link, dict[str, Any]], object]
 
@@ -121,9 +122,9 @@ class Endpoint:
     def _refuse(self, reason: str) -> None:
         """Say once for each reason that somebody was refused; more of the same is for debugging."""
         # A stranger can make up versions by the thousand: at some point it is enough.
-        known = reason in self._told or reason == _CLOSED or len(self._told) >= _MAX_REASONS
-        level = DEBUG if known else WARNING
-        if not known:
+        known = reason in self._told or len(self._told) >= _MAX_REASONS
+        level = DEBUG if known or reason in (_CLOSED, _LATE) else WARNING
+        if level == WARNING:
             self._told.add(reason)
         log(level, "refused a connection to %s: %s", self.address, reason)
 
@@ -187,7 +188,7 @@ class _Caller:
         else:
             arrived = self._endpoint._expected.pop(hello.get("token", ""), None)
         if arrived is None:
-            self.refuse("nobody expects it any more")
+            self.refuse(_LATE)
             return
         self._forget()
         arrived(self._link, hello)
