@@ -33,7 +33,7 @@ from typing import Any
 from fiber.errors import PeerDied
 from fiber.runtime import session
 from fiber.runtime.loop import Event
-from fiber.runtime.refs import Here, Peer, Ref, Way, lookup, serve
+from fiber.runtime.refs import GRACE, Here, Peer, Ref, Way, lookup, serve
 from fiber.served.queue import PARTS, Item, ServedQueue
 from fiber.wire.blocks import Block
 from fiber.wire.framing import Buffer
@@ -132,12 +132,14 @@ class QueueRef(Ref):
 
     def put_one(self, item: Item, seconds: float | None) -> bool:
         """Put an item into a queue with bounds; return whether there was room in time."""
+        way = self.way
+        way.connect()
         if type(item) is list:
-            way = self.way
-            way.connect()
             item = self._lend(item, way)
-        facts, buffers = ((None, seconds), item) if type(item) is list else ((item, seconds), ())
-        call = self.call_for("put_one", facts, buffers, timeout=seconds)
+        whole, buffers = (None, item) if type(item) is list else (item, ())
+        # A home that was stopped reads this when nobody waits any more: then it must not be put.
+        until = None if seconds is None else monotonic() + seconds + GRACE / 2
+        call = self.call_for("put_one", (whole, seconds, until), buffers, timeout=seconds)
         return call is not None and bool(call.result)
 
     def _lend(self, item: list[Buffer], way: Way) -> Item:

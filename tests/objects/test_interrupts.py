@@ -216,6 +216,25 @@ def test_full_means_that_it_was_not_put(start: Callable[..., Any]) -> None:
     waiter.leave()
 
 
+def test_full_means_that_it_never_will_be_put(
+    start: Callable[..., Any], aside: Callable[..., Any]
+) -> None:
+    """Also when it waited for room in a home that was stopped, and that then finds room first."""
+    waiter = Waiter(start, "Queue of 3", "put", True)
+    late = aside(waiter.obj.put, "ours", True, 0.3)
+    time.sleep(0.1)
+    waiter.freeze()
+    getting = aside(lambda: [waiter.obj.get(timeout=DEADLINE) for _ in range(4)])
+    with pytest.raises(queue.Full):
+        late.result(within=5)
+    waiter.thaw()
+    assert getting.result() == [0, 1, 2, "theirs"]
+    with pytest.raises(queue.Empty):
+        waiter.obj.get(timeout=0.1)
+    assert waiter.said() == ("came", None)
+    waiter.leave()
+
+
 BLOCKED = """
 import fiber, signal, sys, time
 

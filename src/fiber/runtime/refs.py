@@ -45,10 +45,11 @@ from fiber.runtime.session import Session
 from fiber.wire.channel import connect
 from fiber.wire.framing import Buffer, Frame
 
-__all__ = ["Ref", "lookup", "serve"]
+__all__ = ["GRACE", "Ref", "lookup", "serve"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
-_GRACE = 2.0  # seconds by which a home may be late with the answer "time is out"
+GRACE = 2.0
+"""Seconds by which a home may be late with the answer "time is out"."""
 
 
 Accept = Callable[[Any, Sequence[Buffer]], Any]
@@ -419,7 +420,7 @@ class Ref:
         way = self.way
         way.connect()
         loop = way.loop
-        deadline = None if timeout is None else monotonic() + timeout + _GRACE
+        deadline = None if timeout is None else monotonic() + timeout + GRACE
         call: Any = None
         try:
             with loop:

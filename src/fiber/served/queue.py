@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from fiber.errors import PeerDied
@@ -147,7 +147,7 @@ class ServedQueue(Served):
         self._maxsize = maxsize
         self._getters: dict[Request, int] = {}  # and how many items they could use
         self._patient: set[Request] = set()  # those of them without a time-out
-        self._putters: dict[Request, Item] = {}
+        self._putters: dict[Request, tuple[Item, float | None]] = {}
         self._leases: dict[Client, _Lease] = {}
         self._producers: set[Client] = set()
         self._unfinished = 0
@@ -178,21 +178,31 @@ class ServedQueue(Served):
         if self._getters or self._watchers:
             self._serve()
 
-    def do_put_one(self, request: Request, item: Item, seconds: float | None) -> None:
-        """Append an item once there is room; answer whether there was, in time."""
+    def do_put_one(
+        self, request: Request, item: Item, seconds: float | None, until: float | None
+    ) -> None:
+        """Append an item once there is room; answer whether there was, in time.
+
+        Args:
+            request: the call.
+            item: what; None for one that came in buffers.
+            seconds: how long to wait.
+            until: when the caller stops to wait for the answer, of `time.monotonic`.
+        """
         self._producers.add(request.client)
         whole = list(request.buffers) if request.buffers else item
         if type(item) is Block:
             self.home.block_came(request.client, item)
-        if len(self.items) < self._maxsize and not self._putters:
+        late = until is not None and monotonic() > until
+        if len(self.items) < self._maxsize and not self._putters and not late:
             self._accept(request, whole)
             self._serve()
-        elif seconds == 0:
+        elif seconds == 0 or late:
             self._free(whole)
             request.answer(False)
         else:
-            self._putters[request] = whole
-            request.on_withdrawn = lambda: self._free(self._putters.pop(request))
+            self._putters[request] = (whole, until)
+            request.on_withdrawn = lambda: self._free(self._putters.pop(request)[0])
             request.expire(seconds, lambda: self._refuse(request))
 
     def do_get(
@@ -313,7 +323,12 @@ class ServedQueue(Served):
             if not self._putters or len(self.items) >= self._maxsize:
                 break
             request = next(iter(self._putters))
-            self._accept(request, self._putters.pop(request))
+            item, until = self._putters[request]
+            if until is not None and monotonic() > until:
+                self._refuse(request)
+            else:
+                del self._putters[request]
+                self._accept(request, item)
         if self._watchers and self.items:
             watchers, self._watchers = self._watchers, {}
             for request in watchers:
@@ -325,7 +340,7 @@ class ServedQueue(Served):
         request.answer(True)
 
     def _refuse(self, request: Request) -> None:
-        self._free(self._putters.pop(request))
+        self._free(self._putters.pop(request)[0])
         request.answer(False)
 
     def _free(self, item: Item) -> None:
