@@ -50,8 +50,10 @@ _WHOLE = b"whole"
 """Begins a list whose second and last part is no pickle but the object, large bytes."""
 
 _SIZED = frozenset({bytes, str})
-_NUMBERS = PLAIN - _SIZED
-_QUICK = 0.0001  # seconds: who takes an item in less is granted several at a time
+_FEW = 8  # parts of a tuple, and each of
+_SHORT = 256  # bytes at the most, that is put as it is
+_QUICK = 0.00005  # seconds: who takes an item in less is granted several at a time
+_AHEAD = 0.001  # seconds that it takes to take those
 _MOST = 1024  # items granted at a time
 
 
@@ -75,6 +77,8 @@ class QueueRef(Ref):
         self._mutex = threading.Lock()  # guards these two
         self._counts: memoryview | None = None
         self._slot = -1  # where in these is the count of what was taken, and behind it its limit
+        self._recalled = False  # whether the home has taken back what was granted
+        self._want = 1
         self._granted_at = 0.0
         self._taken_then = 0
         self.here: ServedQueue | None = None
@@ -225,9 +229,7 @@ class QueueRef(Ref):
         try:
             while True:
                 taken = self._end - len(self._ready)
-                used = taken - self._taken_then
-                quick = monotonic() - self._granted_at < used * _QUICK
-                facts = (min(2 * used, _MOST) if quick else 1, seconds, self._slot, taken)
+                facts = (self._usable(taken), seconds, self._slot, taken)
                 call = self.call_for("get", facts, (), seconds, self._unpin, self._accept)
                 if call is None or call.result is None:
                     return None
@@ -243,6 +245,18 @@ class QueueRef(Ref):
                 with loop:
                     self._unpin()
             raise
+
+    def _usable(self, taken: int) -> int:
+        """Return how many items could be used soon, by what was used of the last ones."""
+        used = taken - self._taken_then
+        took = monotonic() - self._granted_at
+        if took >= used * _QUICK:
+            self._want = 1
+        else:
+            more = 2 * (used if self._recalled else self._want)
+            self._want = int(min(more, used * _AHEAD / took, _MOST))
+        self._recalled = False
+        return self._want
 
     def _accept(self, result: Any, buffers: Sequence[Buffer]) -> Any:
         """Items were granted: they are ready to be taken. In the loop."""
@@ -277,6 +291,7 @@ class QueueRef(Ref):
                 counts[slot] = taken
                 if counts[slot + 1] < taken:
                     counts[slot] = taken - 1
+                    self._recalled = True
                     return None
             found = (ready.popleft(),)
         if is_block or counts is None:
@@ -342,10 +357,21 @@ def _pack(obj: object) -> Item:
             return obj
         if kind is bytes:
             return [_WHOLE, obj]
-    elif kind is tuple and _NUMBERS.issuperset(map(type, obj)):  # type: ignore[call-overload]
+    elif kind is tuple and _is_small(obj):  # type: ignore[arg-type]
         return obj
     data, buffers, _ = dumps(obj, session.current().known_names())
     return [data, *buffers] if buffers or len(data) > _LARGE else bytearray(data)
+
+
+def _is_small(parts: tuple[Any, ...]) -> bool:
+    """Whether a tuple holds a few numbers and short strings, and nothing that can change."""
+    if len(parts) > _FEW:
+        return False
+    for part in parts:
+        kind = type(part)
+        if kind not in PLAIN or (kind in _SIZED and len(part) > _SHORT):
+            return False
+    return True
 
 
 def _unpack(item: Item) -> Any:

@@ -41,7 +41,6 @@ __all__ = [
     "FREE",
     "GOODBYE",
     "LEASE",
-    "NOTE",
     "PAGE",
     "RELEASE",
     "REPLY",
@@ -55,8 +54,8 @@ __all__ = [
 SERVICE = "home"
 """What a caller of the endpoint asks for in its hello."""
 
-CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, NOTE, FREE = range(32, 43)
-"""Kinds of frames: the last three come from a home, the others go to it."""
+CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, FREE = range(32, 42)
+"""Kinds of frames: the last two come from a home, the others go to it."""
 
 COUNTS_SIZE = 1 << 16
 """Bytes of the memory that a process shares with a home. What is not used of it costs nothing."""
@@ -90,11 +89,6 @@ class Client:
 
     def __str__(self) -> str:
         return f"{self.name} (process {self.pid})"
-
-    def note(self, served: Served, *facts: object) -> None:
-        """Tell its references to `served` something that they did not ask for."""
-        if self.link is not None:
-            self.link.post(NOTE, pickle.dumps((served.id, facts)))
 
     def on_frame(self, frame: Frame) -> None:
         kind, body, buffers = frame

@@ -3,10 +3,9 @@
     Lock, Queue, ... ─► Ref ─► Here, in the home itself ──────────► Home
                             └► Peer, elsewhere ─► its endpoint ─► Home
 
-There is one `Ref` for each object in a process, however often the object was unpickled there. It
-is told when its object has something to say, and when it is collected the home hears of it. A
-`Peer` is the link to one home, shared by all references to its objects. If a home is gone, every
-call that waits for it, and every later one, raises `PeerDied`.
+There is one `Ref` for each object in a process, however often the object was unpickled there. When
+it is collected the home hears of it. A `Peer` is the link to one home, shared by all references to
+its objects. If a home is gone, every call that waits for it, and every later one, raises `PeerDied`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from fiber.runtime.home import (
     FREE,
     GOODBYE,
     LEASE,
-    NOTE,
     PAGE,
     RELEASE,
     REPLY,
@@ -254,13 +252,6 @@ class Peer:
             call.done.set()
         elif frame.kind == FREE:
             self._session.blocks.take_back(body)
-        elif frame.kind == NOTE:
-            target, facts = body
-            ref = self._session.refs.get((self.address, target))
-            if ref is not None:
-                ref.on_note(*facts)
-            else:
-                self.cast(target, "unknown", facts, ())
 
     def _on_lost(self) -> None:
         self._fail(PeerDied("the process that this object lives in has ended"))
@@ -331,9 +322,6 @@ class Ref:
         self._way: Way | None = None
         self._attached: Way | None = None
         _all.add(self)
-
-    def on_note(self, *facts: Any) -> None:
-        """The object tells something. Within the loop."""
 
     def finish(self) -> None:
         """This process's part in the session ends: send what was kept back. Within the loop."""

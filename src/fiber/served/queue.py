@@ -7,12 +7,12 @@ if it dies before, the item goes back to where it was. How many items a process 
 in memory that it shares with the home (`Client.counts`), so that the count is right even when the
 process is killed between two instructions.
 
-A process that takes items quickly is granted several at a time: ahead of its asking, while nobody
-else asks. As soon as somebody does, those that it has not taken are recalled, so that every item
-goes to the first who asks for one, in order. To recall them is to lower a limit, in that memory,
-beyond which the process may not count: first it raises its count, then it looks at the limit; we
-first lower the limit, then look at the count. A process that shares no memory with us is granted
-one item at a time.
+A process that takes items quickly is granted several at a time, ahead of its asking. If others ask
+meanwhile, they wait until it has taken these, or until its turn is over, a millisecond later: then
+those that it has not taken are recalled. So all items are taken in the order in which they were
+put. To recall them is to lower a limit, in that memory, beyond which the process may not count:
+first it raises its count, then it looks at the limit; we first lower the limit, then look at the
+count. A process that shares no memory with us is granted one item at a time.
 
 A process that dies may have owed items. That is told to those who wait without a time-out, once the
 queue has been empty for a moment.
@@ -27,6 +27,7 @@ from typing import Any
 
 from fiber.errors import PeerDied
 from fiber.runtime.home import Client, Home, Request, Served
+from fiber.runtime.loop import Timer
 from fiber.wire.blocks import Block
 
 __all__ = ["PARTS", "Item", "ServedQueue"]
@@ -39,6 +40,7 @@ PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
+_TURN = 0.001  # seconds that a process may take what it was granted ahead while others wait
 _SETTLED = 5e-6  # seconds in which what one processor has written is there for another to read
 _GRANT = 1 << 16  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
@@ -55,6 +57,7 @@ class _Lease:
         slot: where in its counts is what it takes, if that is not below 0; see `do_get`.
         taken: how many it has taken by its present reference.
         pinned: up to which count none is recalled: somebody was promised each of these.
+        until: of `monotonic`; before, nothing is recalled for who can wait.
         owed: how many it has taken by earlier references.
         done: how many of all of these it has marked as done.
     """
@@ -64,6 +67,7 @@ class _Lease:
         self.slot = slot
         self.items: deque[Item] = deque()
         self.taken = self.pinned = 0
+        self.until = 0.0
         self.owed: int = before.owed + before.taken if before is not None else 0
         self.done: int = before.done if before is not None else 0
 
@@ -144,6 +148,7 @@ class ServedQueue(Served):
         self.items: deque[Item] = deque()
         self.mutex = threading.Lock()
         self.ahead: _Lease | None = None
+        self._turn: Timer | None = None  # its end, if somebody waits for that
         self._maxsize = maxsize
         self._getters: dict[Request, int] = {}  # and how many items they could use
         self._patient: set[Request] = set()  # those of them without a time-out
@@ -238,7 +243,7 @@ class ServedQueue(Served):
                 request.answer((lease.end, []))
                 return
         if self.ahead is not None:
-            self._recall()
+            self._limit_turn(seconds)
         self._getters[request] = 1 if self._maxsize else want
         self._serve()
         if request not in self._getters:
@@ -318,8 +323,8 @@ class ServedQueue(Served):
     def _serve(self) -> None:
         """Hand items to getters, and so make room for putters."""
         while True:
-            while self._getters and self.items:
-                self._grant(next(iter(self._getters)))
+            while self._getters and self.items and self.ahead is None:
+                self._grant()
             if not self._putters or len(self.items) >= self._maxsize:
                 break
             request = next(iter(self._putters))
@@ -348,40 +353,66 @@ class ServedQueue(Served):
         if type(item) is Block:
             self.home.block_read(item)
 
-    def _grant(self, request: Request) -> None:
-        """Answer a getter with the first items."""
-        want = self._getters[request]
-        lease = self._leases.get(request.client)
-        with self.mutex:
-            if not self.items:  # a thread of this process took it meanwhile
-                return
-            self._forget(request)
-            granted = [self.items.popleft()]
-            if lease is not None and lease.shared and not self._getters:
-                self._add_more(granted, want)
-                if len(granted) > 1:
-                    self.ahead = lease
-        if lease is None:
-            request.answer(granted)
-            return
-        start = lease.end
-        lease.add(granted)
-        if type(granted[0]) is list:
-            request.answer((start, PARTS), granted[0])
-        else:
-            request.answer((start, granted))
+    def _grant(self) -> None:
+        """Answer getters: an item for each, and for one of them what is left, ahead."""
+        grants: list[tuple[Request, int, list[Item]]] = []
+        with self.mutex:  # with it held, `items` does not become shorter
+            while self._getters and self.items:
+                request, want = next(iter(self._getters.items()))
+                self._forget(request)
+                grants.append((request, want, [self.items.popleft()]))
+            if self.items:
+                self._grant_ahead(grants)
+        for request, _, granted in grants:
+            lease = self._leases.get(request.client)
+            if lease is None:
+                request.answer(granted)
+                continue
+            start = lease.end
+            lease.add(granted)
+            if type(granted[0]) is list:
+                request.answer((start, PARTS), granted[0])
+            else:
+                request.answer((start, granted))
 
-    def _add_more(self, granted: list[Item], want: int) -> None:
-        """Grant more items than the first, ahead."""
-        if type(granted[0]) in _ALONE:
+    def _grant_ahead(self, grants: list[tuple[Request, int, list[Item]]]) -> None:
+        """Add more items to what one process is granted: the one that has waited the longest."""
+        lease: _Lease | None = None
+        for request, want, granted in grants:
+            its = self._leases.get(request.client)
+            if lease is None and want > 1 and its is not None and its.shared:
+                lease = its
+            if lease is not None and its is lease:
+                most, last = want, granted  # of its threads: they take them in this order
+        if lease is None or type(last[0]) in _ALONE:
             return
         size = 0
-        while len(granted) < want and self.items:
+        while len(last) < most and self.items:
             item = self.items[0]
             size += len(item) if type(item) in _SIZED else _SMALL
             if type(item) in _ALONE or size > _GRANT:
                 break
-            granted.append(self.items.popleft())
+            last.append(self.items.popleft())
+        if len(last) > 1:
+            self.ahead = lease
+            lease.until = monotonic() + _TURN
+
+    def _limit_turn(self, seconds: float | None) -> None:
+        """Somebody would wait so long for items that come behind those that were granted ahead."""
+        lease = self.ahead
+        assert lease is not None
+        lease.settle()
+        left = lease.until - monotonic()
+        if lease.ahead <= 0 or seconds == 0 or left <= 0:
+            self._recall()
+        elif self._turn is None:
+            self._turn = self.home.loop.call_later(left, self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._turn = None
+        if self.ahead is not None and self._getters:
+            self._limit_turn(None)
+            self._serve()
 
     def _lease(self, client: Client, slot: int) -> _Lease:
         """Return the lease of a process that gets by a reference with that slot."""
