@@ -34,7 +34,7 @@ from multiprocessing import heap as _mp_heap
 from multiprocessing import util
 from typing import Any
 
-from fiber.runtime import session
+from fiber.runtime import folders, session
 
 __all__ = ["Arena", "BufferWrapper", "Heap", "map_arena", "reserve"]
 
@@ -52,7 +52,7 @@ class Place:
 
     Args:
         path: of the folder.
-        hold: as `session.hold_folder` returns it.
+        hold: as `folders.hold` returns it.
     """
 
     def __init__(self, path: str, hold: int) -> None:
@@ -98,15 +98,15 @@ _places: weakref.WeakValueDictionary[str, Place] = weakref.WeakValueDictionary()
 
 
 def _place(path: str) -> Place:
-    return _places.get(path) or Place(path, session.hold_folder(path))
+    return _places.get(path) or Place(path, folders.hold(path))
 
 
 def _places_for(folder: str) -> Iterator[Place]:
     """Yield where arenas of the session in `folder` may be: in memory, in that folder."""
-    path = session.memory_folder(folder)
+    path = folders.memory_folder(folder)
     if path != folder:
         with contextlib.suppress(OSError):  # there cannot be one
-            yield _places.get(path) or Place(path, session.hold_memory_folder(folder))
+            yield _places.get(path) or Place(path, folders.hold_memory(folder))
     yield _place(folder)
 
 
@@ -236,6 +236,7 @@ def _make_arena(folder: str, size: int) -> Arena:
     Raises:
         OSError: there is no room for it.
     """
+    session.keep_clean()
     key = os.urandom(8).hex()
     name = _new_name(key, "held", os.getpid())
     number, problems = errno.ENOENT, []

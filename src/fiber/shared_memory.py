@@ -17,7 +17,7 @@ from multiprocessing import shared_memory as _mp
 from typing import TYPE_CHECKING, Any
 
 from fiber.heap import reserve
-from fiber.runtime import session
+from fiber.runtime import folders, session
 
 __all__ = ["ShareableList", "SharedMemory"]
 
@@ -70,6 +70,7 @@ class SharedMemory(_mp.SharedMemory):
         try:
             if create:
                 if folder is not None:
+                    session.keep_clean()
                     self._enter(folder)
                 self._reserve(size)
             self._size = os.fstat(self._fd).st_size
@@ -103,7 +104,7 @@ class SharedMemory(_mp.SharedMemory):
         os.symlink(str(os.fstat(self._fd).st_ino), entry)
 
     def _entry(self) -> str:
-        return session.ENTRY + self._name.removeprefix("/")
+        return folders.ENTRY + self._name.removeprefix("/")
 
     def _reserve(self, size: int) -> None:
         try:

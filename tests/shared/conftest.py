@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fiber.runtime import session
+from fiber.runtime import folders, session
 
 DEADLINE = 20.0
 NAME = re.compile(r"\.(held|ticket)-")
@@ -38,7 +38,7 @@ def files() -> Callable[[], set[int]]:
     def look() -> set[int]:
         found = set()
         folder = session.folder()
-        for place in (folder, session.memory_folder(folder)):
+        for place in (folder, folders.memory_folder(folder)):
             if os.path.isdir(place):
                 with os.scandir(place) as entries:
                     found |= {e.inode() for e in entries if NAME.search(e.name)}

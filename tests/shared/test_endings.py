@@ -15,7 +15,7 @@ import pytest
 from tests.shared import targets
 
 import fiber
-from fiber.runtime import session
+from fiber.runtime import folders, session
 from fiber.sharedctypes import RawArray, RawValue
 
 MEMORY = Path("/dev/shm")
@@ -65,9 +65,11 @@ def left_of(pid: int) -> list[Path]:
     return [*folders, *MEMORY.glob(f"tests-{os.getpid()}*")]
 
 
-def agents_of(pid: int) -> list[int]:
-    children = psutil.Process(pid).children()
-    return [c.pid for c in children if "fiber.runtime.agent" in " ".join(c.cmdline())]
+def helpers_of(pid: int) -> list[psutil.Process]:
+    """Return the processes that would clean up after the program: its agent and its janitor."""
+    helpers = psutil.Process(pid).children()
+    assert len(helpers) == 2
+    return helpers
 
 
 def test_nothing_is_left_of_a_program_that_ends(
@@ -89,15 +91,38 @@ def test_nothing_is_left_of_a_killed_program(
     until(lambda: left_of(program.pid) == [], "the end of its files")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "make",
+    [
+        "fiber.shared_memory.SharedMemory(sys.argv[1], create=True, size=100)",
+        "fiber.RawArray('b', 1 << 21)",
+    ],
+)
+def test_nothing_is_left_of_a_killed_program_that_has_started_no_process(
+    make: str,
+    number: int,
+    start_script: Callable[..., Any],
+    until: Callable[..., Any],
+) -> None:
+    code = f"import sys, fiber\nmemory = {make}\nprint('ready', flush=True)\nsys.stdin.readline()"
+    program = start_script(code, f"tests-{os.getpid()}", stdin=subprocess.PIPE)
+    assert program.stdout.readline() == "ready\n"
+    assert len(left_of(program.pid)) > MEMORY.is_dir()
+    os.killpg(program.pid, number)  # as schedulers and time limits do
+    until(lambda: left_of(program.pid) == [], "the end of its files")
+
+
 def test_the_next_session_sweeps_what_a_killed_one_left(
     start: Callable[[], subprocess.Popen[str]], until: Callable[..., Any]
 ) -> None:
     program = start()
-    child = psutil.Process(program.pid).children(recursive=True)
-    for pid in (*agents_of(program.pid), program.pid):
-        os.kill(pid, signal.SIGKILL)
+    children = psutil.Process(program.pid).children(recursive=True)
+    for helper in helpers_of(program.pid):
+        helper.kill()
+    program.kill()
     program.wait(20)
-    psutil.wait_procs(child, timeout=20)
+    psutil.wait_procs(children, timeout=20)
     assert left_of(program.pid)
     with fiber.Pool(1) as pool:
         assert pool.apply(abs, (-1,)) == 1
@@ -108,21 +133,21 @@ def test_memory_that_is_in_use_is_not_swept() -> None:
     if not MEMORY.is_dir():
         pytest.skip("this system has no /dev/shm")
     value = RawValue("i", 1)
-    folder = Path(session.memory_folder(session.folder()))
-    session.sweep()
+    folder = Path(folders.memory_folder(session.folder()))
+    folders.sweep()
     assert folder.is_dir()
     # As if another program, which shares our memory and not our files, looked at it.
-    link = folder / session.SESSION_LINK
+    link = folder / folders.SESSION_LINK
     link.unlink()
     link.symlink_to("/nowhere")
-    session.sweep()
+    folders.sweep()
     assert folder.is_dir()
     process = fiber.Process(target=targets.double, args=(value,))
     process.start()
     process.join()
     assert value.value == 2
     del value
-    session.sweep()
+    folders.sweep()
     assert not folder.exists()
 
 
@@ -145,7 +170,7 @@ def fork() -> Iterator[Callable[[Callable[[], object]], int]]:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     yield run
-    session.sweep()  # forks that end by `os._exit` leave theirs to others
+    folders.sweep()  # forks that end by `os._exit` leave theirs to others
 
 
 def test_a_fork_shares_values(fork: Callable[[Callable[[], object]], int]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.shared import targets
 
 import fiber
-from fiber.runtime import session
+from fiber.runtime import folders, session
 from fiber.shared_memory import ShareableList, SharedMemory
 
 
@@ -46,7 +46,7 @@ def exists(name: str) -> bool:
 
 
 def entries() -> list[str]:
-    return [n for n in os.listdir(session.folder()) if n.startswith(session.ENTRY)]
+    return [n for n in os.listdir(session.folder()) if n.startswith(folders.ENTRY)]
 
 
 def test_processes_write_to_a_block() -> None:

@@ -17,7 +17,7 @@ from tests.shared import targets
 
 import fiber
 from fiber import heap, sharedctypes
-from fiber.runtime import session
+from fiber.runtime import folders, session
 from fiber.sharedctypes import Array, RawArray, RawValue, Value
 
 LARGE = targets.LARGE
@@ -285,15 +285,15 @@ def test_memory_is_in_dev_shm(files: Callable[[], set[int]]) -> None:
         pytest.skip("this system has no /dev/shm")
     value = RawValue("i")
     (inode,) = files()
-    (name,) = [n for n in os.listdir(session.memory_folder(session.folder())) if ".held-" in n]
-    assert os.stat(os.path.join(session.memory_folder(session.folder()), name)).st_ino == inode
+    (name,) = [n for n in os.listdir(folders.memory_folder(session.folder())) if ".held-" in n]
+    assert os.stat(os.path.join(folders.memory_folder(session.folder()), name)).st_ino == inode
     assert value.value == 0
 
 
 def test_without_dev_shm_it_is_in_the_folder(
     monkeypatch: pytest.MonkeyPatch, files: Callable[[], set[int]]
 ) -> None:
-    monkeypatch.setattr(session, "_MEMORY", "/nowhere")
+    monkeypatch.setattr(folders, "_MEMORY", "/nowhere")
     value, array = RawValue("i", 4), RawArray("b", [1] * LARGE)
     assert len(files()) == 2
     run(targets.double, value, array)

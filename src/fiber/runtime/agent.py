@@ -29,8 +29,8 @@ import traceback
 from typing import Any, NoReturn
 
 from fiber.runtime import child as child_process
+from fiber.runtime import folders
 from fiber.runtime import main as main_module
-from fiber.runtime import session as session_module
 from fiber.runtime.agents import (
     BYE,
     ENDING,
@@ -71,7 +71,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
-        with open(os.path.join(folder, session_module.SECRET_FILE), "rb") as file:
+        with open(os.path.join(folder, folders.SECRET_FILE), "rb") as file:
             secret = file.read()
         channel = connect(address, secret, _CONNECT_TIMEOUT)
     except OSError as error:
@@ -141,7 +141,7 @@ class Agent:
             self.wake_fds = (wake_read, wake_write)
             first = _Client(self, self._channel)
             first.link.post(READY, pickle.dumps((self.names, error)))
-            self.loop.call_later(0, session_module.sweep)
+            self.loop.call_later(0, folders.sweep)
         never = Event()
         while True:
             self.loop.wait(never)
@@ -429,8 +429,8 @@ def _leave(folder: str) -> NoReturn:
     for _ in range(100):  # a dying process may close its socket a moment before it lets go of locks
         if not os.path.isdir(folder):
             break
-        if session_module.is_abandoned(folder):
-            session_module.remove_folder(folder)
+        if folders.is_abandoned(folder):
+            folders.remove(folder)
             break
         time.sleep(0.01)
     os._exit(0)

@@ -9,11 +9,8 @@ agents; they share the folder and the secret.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Container, Iterator, Sequence
@@ -26,7 +23,7 @@ from fiber.backends.base import JobSpec
 from fiber.config import config
 from fiber.errors import PeerDied, StartError
 from fiber.resources import Resources, thread_environment
-from fiber.runtime import logs, main
+from fiber.runtime import folders, logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
 from fiber.runtime.endpoint import Endpoint
 from fiber.runtime.logs import DEBUG, WARNING, log
@@ -43,13 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
-SECRET_FILE = "secret"
-SESSION_LINK = "session"  # in a session's folder for shared memory: where its own folder is
-ENTRY = "shm:"  # begins the names of a session's entries for shared memory outside its folders
-_PREFIX = f"fiber-{os.getuid()}-"
-_MEMORY = "/dev/shm"  # not on macOS, where files have to do
-_MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
-
 
 class Session:
     """This process's part of a session."""
@@ -59,6 +49,7 @@ class Session:
         self.secret = secret
         self.loop = Loop()
         self._lock = lock  # held by the master: its end, however it comes, lets go of it
+        self._janitor: folders.Janitor | None = None
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
         self._home: Home | None = None
@@ -102,8 +93,17 @@ class Session:
     def memory_folder(self) -> str:
         """Return the folder for files that are shared memory, made if it is not there."""
         if self._memory_hold is None:
-            self._memory_hold = hold_memory_folder(self.folder)
-        return memory_folder(self.folder)
+            self._memory_hold = folders.hold_memory(self.folder)
+        return folders.memory_folder(self.folder)
+
+    def keep_clean(self) -> None:
+        """See that somebody removes the session's shared memory should this process be killed."""
+        cleaned = self._lock is None or any(agent.usable for agent in self._agents.values())
+        if not cleaned and self._janitor is None:
+            try:
+                self._janitor = folders.Janitor(self.folder)
+            except OSError as error:
+                log(WARNING, "shared memory would stay if this process was killed: %s", error)
 
     def way(self, address: str) -> Way:
         """Return the way to the home at `address`, which may be this process."""
@@ -262,8 +262,10 @@ class Session:
         for agent in self._agents.values():
             agent.collect()
         if self._lock is not None:
-            remove_folder(self.folder)
+            folders.remove(self.folder)
             os.close(self._lock)
+        if self._janitor is not None:
+            self._janitor.dismiss()
 
     def _send_all(self) -> None:
         """See that all is on its way that this process has for others."""
@@ -292,6 +294,8 @@ class Session:
         if self._lock is not None:
             os.close(self._lock)  # our copy; the parent's holds the lock
             self._lock = None
+        if self._janitor is not None:
+            self._janitor.forget()
 
 
 def environment(cpu: int) -> dict[str, str]:
@@ -310,170 +314,6 @@ def _current_folder() -> str:
 def _ignores_interrupt() -> bool:
     """Whether this process was told to ignore Ctrl-C, as programs in the background are."""
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def memory_folder(folder: str) -> str:
-    """Return where a session whose folder is `folder` has its shared memory."""
-    if os.path.isdir(_MEMORY):
-        return os.path.join(_MEMORY, os.path.basename(folder))
-    return folder
-
-
-def _make_folder(secret: bytes) -> tuple[str, int]:
-    """Make the session's folder; return it and a descriptor, locked while the master lives."""
-    import tempfile  # not needed to import Fiber, and slow
-
-    base = tempfile.gettempdir()
-    if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
-        base = "/tmp"
-    # It gets its name when it is locked: until then `sweep` would take it for abandoned.
-    new = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=base)
-    fd = os.open(os.path.join(new, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    os.write(fd, secret)
-    folder = os.path.join(base, f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
-    os.rename(new, folder)
-    return folder, fd
-
-
-def hold_folder(path: str) -> int:
-    """Return a descriptor of a folder for shared memory: while it is open, nobody sweeps that.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        about = os.fstat(fd)
-        if about.st_uid != os.getuid():
-            raise PermissionError(errno.EPERM, "the folder belongs to somebody else", path)
-        if not os.path.samestat(about, os.stat(path)):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def hold_memory_folder(folder: str) -> int:
-    """Make the folder for shared memory of the session in `folder`, if need be, and hold it.
-
-    Raises:
-        OSError: there is none, and there cannot be one.
-    """
-    path = memory_folder(folder)
-    if path == folder:
-        return hold_folder(folder)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        try:
-            fd = hold_folder(path)
-        except FileNotFoundError:
-            continue  # it was swept in that moment
-        with contextlib.suppress(FileExistsError):
-            os.symlink(folder, os.path.join(path, SESSION_LINK))
-        if os.path.isdir(folder):
-            return fd
-        os.close(fd)
-        remove_folder(path)  # who ended the session just now will not look here again
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-
-
-def remove_folder(folder: str) -> None:
-    """Remove a session's folder and its shared memory."""
-    for place in dict.fromkeys((folder, memory_folder(folder))):
-        for _ in range(10):  # processes that are just being killed may still add to it
-            try:
-                for name in os.listdir(place):
-                    _remove(place, name)
-                os.rmdir(place)
-            except FileNotFoundError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
-                    raise
-
-
-def _remove(folder: str, name: str) -> None:
-    path = os.path.join(folder, name)
-    if name.startswith(ENTRY):
-        with contextlib.suppress(OSError):
-            _remove_shared_memory(name.removeprefix(ENTRY), int(os.readlink(path)))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _remove_shared_memory(name: str, inode: int) -> None:
-    """Unlink POSIX shared memory, unless somebody has made another of that name since."""
-    import _posixshmem  # type: ignore[import-not-found]
-
-    fd = _posixshmem.shm_open(f"/{name}", os.O_RDONLY, mode=0)
-    try:
-        same = os.fstat(fd).st_ino == inode
-    finally:
-        os.close(fd)
-    if same:
-        _posixshmem.shm_unlink(f"/{name}")
-
-
-def sweep() -> None:
-    """Remove what sessions of this user left behind when master and agent were killed."""
-    import tempfile
-
-    for base in {tempfile.gettempdir(), "/tmp", _MEMORY}:
-        names: list[str] = []
-        with contextlib.suppress(OSError):  # it may be for writing only
-            names = os.listdir(base)
-        for name in names:
-            if name.startswith(_PREFIX):
-                folder = os.path.join(base, name)
-                with contextlib.suppress(OSError):
-                    if base == _MEMORY and not os.path.exists(os.path.join(folder, SECRET_FILE)):
-                        _sweep_memory(folder)
-                    elif is_abandoned(folder):
-                        remove_folder(folder)
-
-
-def _sweep_memory(path: str) -> None:
-    """Remove a folder for shared memory, unless it is held or its session is still there.
-
-    Programs that share their memory, such as those of two containers, need not see each other's
-    files: that there is no session to be seen would not do.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        folder = ""  # who made it was killed in that moment, or is about to find it gone
-        with contextlib.suppress(FileNotFoundError):
-            folder = os.readlink(os.path.join(path, SESSION_LINK))
-        if not os.path.isdir(folder) or is_abandoned(folder):
-            remove_folder(path)
-    finally:
-        os.close(fd)
-
-
-def is_abandoned(folder: str) -> bool:
-    """Whether no master holds the lock of the session in `folder`."""
-    try:
-        about = os.lstat(folder)
-    except FileNotFoundError:
-        return False
-    # In a folder that all may write to, somebody else could have put a link of that name.
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
-        return False
-    try:
-        fd = os.open(os.path.join(folder, SECRET_FILE), os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 # The session of this process -------------------------------------------------------------------
@@ -509,7 +349,7 @@ def current() -> Session:
 def _begin() -> Session:
     """Begin a session, as its master."""
     key = new_secret()
-    folder, lock = _make_folder(key)
+    folder, lock = folders.make(key)
     logs.configure()
     log(DEBUG, "session in %s", folder)
     return Session(folder, key, lock)
@@ -549,6 +389,14 @@ def folder() -> str:
     """Return the folder of the session that this process belongs to."""
     inherited: str | None = _inherited.get("folder")
     return current().folder if inherited is None else inherited
+
+
+def keep_clean() -> None:
+    """See that somebody removes this session's shared memory should its master be killed."""
+    session = _current
+    if session is not None:
+        with _making:  # one thread at a time
+            session.keep_clean()
 
 
 def known_folders() -> list[str]:
