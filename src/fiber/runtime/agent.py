@@ -217,6 +217,11 @@ class Agent:
                     stderr = _Stream(self, read_end, os.dup(fds[1]))
                     fds = [fds[0], write_end, *fds[2:]]
                 if self.forks:
+                    if request["by_value"]:
+                        # Each would load it for the first function, and that takes a while, in
+                        # which a worker that is killed seems to be the victim of its first item.
+                        with contextlib.suppress(ImportError):
+                            import cloudpickle  # noqa: F401
                     # What comes before the child has its own handlers waits until it has them.
                     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                     stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)

@@ -236,6 +236,7 @@ class Session:
             "process": process,
             "capture_stderr": capture_stderr,
             "ignore_interrupt": ignore_interrupt or _ignores_interrupt(),
+            "by_value": "cloudpickle" in sys.modules,
         }
         return agent.spawn(name, request, [*standard_streams(), *fds])
 
