@@ -132,11 +132,15 @@ ToolManager.register("Iterator", proxytype=managers.IteratorProxy, create_method
 _queue: queue.Queue[Any] = queue.Queue()
 
 
+def get_queue() -> queue.Queue[Any]:
+    return _queue
+
+
 class QueueManager(BaseManager):
     """The manager of the documentation's example of a remote manager."""
 
 
-QueueManager.register("get_queue", callable=lambda: _queue)
+QueueManager.register("get_queue", callable=get_queue)
 
 
 class QueueClient(BaseManager):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fiber import managers
 AUTHKEY = b"of both"
 
 PLAIN = """
+import multiprocessing
 import multiprocessing.managers as managers
 import queue, sys
 try:
@@ -109,7 +111,8 @@ def server(plain: Callable[..., Program], address: Any) -> Iterator[tuple[Any, P
     program = plain(SERVER, *([address] if isinstance(address, str) else address))
     manager = Manager(eval(program.ask()), AUTHKEY)
     manager.connect()
-    return manager, program
+    yield manager, program
+    manager._remote.close()  # pytest still holds the manager, and so its connection
 
 
 def test_containers_of_a_plain_server(server: Any) -> None:
@@ -195,7 +198,9 @@ CLIENT = """
     Manager.register("get_queue")
 
     if __name__ == "__main__":
-        manager = Manager(eval(input()), b"of both")
+        # Without this, multiprocessing could not use proxies that it gets from within others.
+        multiprocessing.current_process().authkey = b"of both"
+        manager = Manager(eval(input()))
         manager.connect()
         print("connected", flush=True)
         while True:
@@ -213,7 +218,7 @@ class Tools(managers.SyncManager):
 
 
 Tools.register("Tool", targets.Tool, method_to_typeid={"child": "Tool", "count": "Iterator"})
-Tools.register("get_queue", callable=lambda: targets._queue)
+Tools.register("get_queue", callable=targets.get_queue)
 
 
 @pytest.fixture
@@ -269,10 +274,6 @@ def test_both_kinds_of_clients_share_an_object(client: Any) -> None:
 def test_nested_proxies_among_both_kinds_of_clients(client: Any) -> None:
     """What one client puts into an object of the manager, as a proxy, the other can use."""
     program, manager = client
-
-    class Shelf(managers.BaseManager):
-        pass
-
     ours = manager.get_queue()
     ours.put(manager.list([1]))
     program.ask("theirs = manager.get_queue(); result = items = theirs.get()")
@@ -341,6 +342,12 @@ if __name__ == "__main__":
     items["nested"] = manager.list([1])
     items["function"] = lambda x: x + number
     with fiber.Pool(1) as pool:
+        try:
+            pool.apply(items["nested"].append, (2,))
+        except fiber.SerializationError as error:
+            print(error, flush=True)
+    fiber.current_process().authkey = b"of both"  # as multiprocessing wants it, too
+    with fiber.Pool(1) as pool:
         pool.apply(items["nested"].append, (2,))
     print(type(lock).__name__, items["nested"][:], items["function"](4), flush=True)
     input()
@@ -351,6 +358,8 @@ def test_a_program_of_another_session(start_script: Callable[..., Any], address:
     with managers.SyncManager(address, AUTHKEY) as manager:
         program = Program(start_script(OTHER, stdin=subprocess.PIPE))
         assert program.ask(repr(manager.address)) == "connected"
+        told = program.process.stdout.readline()
+        assert re.search(r"the manager at .* has another authkey than this process", told)
         assert program.process.stdout.readline() == "AcquirerProxy [1, 2] 7\n"
         program.ask()
     manager.join()

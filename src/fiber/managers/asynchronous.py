@@ -128,7 +128,7 @@ class Line:
     """
 
     def __init__(self, remote: Remote) -> None:
-        with remote.deaths_told():
+        with remote.failures_told():
             self._link: Link = remote.connect()
         self.pid = os.getpid()
         self.loop = session.current().loop

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import socket
@@ -27,7 +28,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from fiber.connection import Client, Connection, answer_challenge, deliver_challenge
-from fiber.errors import PeerDied
+from fiber.errors import AuthenticationError, PeerDied
 from fiber.runtime import session
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import PLAIN, pieces
@@ -79,6 +80,15 @@ def is_for_strangers() -> bool:
     return getattr(_packing, "for_strangers", False)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Takes proxies of multiprocessing for ours, which know the authkeys of their managers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == _mp.__name__ and name.endswith("Proxy"):
+            module = "fiber.managers"
+        return super().find_class(module, name)
+
+
 class Link(Connection):
     """One connection, at either end, mutually authenticated.
 
@@ -127,7 +137,9 @@ class Link(Connection):
 
     def loads(self, data: Buffer) -> Any:
         """Return the message that `data` is."""
-        return pickle.loads(data) if self._pickles else _xml_loads(data)
+        if self.fiber:
+            return pickle.loads(data)
+        return _Unpickler(io.BytesIO(data)).load() if self._pickles else _xml_loads(data)
 
     def write(self, data: list[Buffer]) -> None:
         """Send a message; by one call of the system, if it is small."""
@@ -251,10 +263,15 @@ class Remote:
         self._local = threading.local()
 
     @contextlib.contextmanager
-    def deaths_told(self) -> Iterator[None]:
-        """Have what tells that the server cannot be reached be raised as `PeerDied`."""
+    def failures_told(self) -> Iterator[None]:
+        """Have what is raised when the server cannot be reached, or has another key, tell so."""
         try:
             yield
+        except AuthenticationError as error:
+            raise AuthenticationError(
+                f"{self.name} has another authkey than this process was told; give the manager its "
+                "authkey, or set current_process().authkey before processes are started"
+            ) from error
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             raise self.died() from error
 
@@ -263,7 +280,7 @@ class Remote:
         link: Link | None = self._local.__dict__.pop("link", None)
         if link is not None and link.pid == os.getpid():
             return link
-        with self.deaths_told():
+        with self.failures_told():
             return self.connect()
 
     def _give(self, link: Link) -> None:
@@ -312,7 +329,7 @@ class Remote:
                 raise _mp.convert_to_error(kind, result)  # type: ignore[attr-defined]
             finally:
                 del result  # it would refer to itself, by its traceback and this frame
-        with self.deaths_told():
+        with self.failures_told():
             return self.ask_once(function, args, kwds)
 
     def ask_once(

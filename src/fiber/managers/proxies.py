@@ -4,7 +4,8 @@
 
 Each is a proxy of multiprocessing's as well, so that libraries that look for those find them. What
 differs is how the server is reached and how it learns that a proxy is there; see `links` and
-`references`. A proxy can be pickled at any time, and is good in every process of the session.
+`references`. A proxy can be pickled at any time, and is good in every process of the session; of a
+manager that is not in the session, in every process that knows the authkey.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class BaseProxy(_mp.BaseProxy):
         self._remote = _remote_of(token, serializer, manager, authkey, reference)
         key = self._remote.key()
         if reference is None:
-            with self._remote.deaths_told():
+            with self._remote.failures_told():
                 super().__init__(token, serializer, manager, key, exposed, incref, manager_owned)
             return
         self._token, self._id = token, token.id

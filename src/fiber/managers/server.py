@@ -9,6 +9,7 @@ block. Objects are let go of by the main thread, so that nobody waits for a dest
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -24,7 +25,7 @@ from multiprocessing.process import (  # type: ignore[attr-defined]
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from fiber.connection import Connection, Listener, answer_challenge, deliver_challenge
+from fiber.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from fiber.errors import AuthenticationError, RemoteTraceback
 from fiber.managers import objects
 from fiber.managers.links import HELLO, TOKEN, Link, limit
@@ -126,6 +127,9 @@ class Server(_Base):
         except (KeyboardInterrupt, SystemExit):
             pass
         finally:
+            self.stop_event.set()
+            with contextlib.suppress(OSError), Client(self.address):
+                pass  # so that the accepter wakes, and ends
             if sys.stdout != sys.__stdout__:
                 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             sys.exit(0)
