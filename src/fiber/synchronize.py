@@ -24,7 +24,7 @@ from typing import Any
 
 from fiber.errors import PeerDied
 from fiber.runtime.logs import WARNING, log
-from fiber.runtime.refs import Ref, lookup, serve
+from fiber.runtime.refs import Peer, Ref, Way, lookup, serve
 from fiber.served.barrier import ServedBarrier
 from fiber.served.locks import ServedEvent, ServedLock
 
@@ -45,15 +45,25 @@ def _seconds(timeout: float | None) -> float | None:
 
 
 class LockRef(Ref):
-    """The lock, as this process has it: which of its threads holds it, and how often."""
+    """The lock, as this process has it: which of its threads holds it, and how often.
+
+    A lock may be lent to this process, see `served.locks`: then it is acquired and released here.
+    """
 
     def __init__(self, address: str, target: int) -> None:
         super().__init__(address, target)
+        self._set()
+
+    def _set(self) -> None:
         self.owner = 0
         self.count = 0
+        self._lent = False
+        self._counts: memoryview | None = None
+        self._slot = -1  # where in these ours is, and behind it whether the lock is lent
+        self._prepared: Way | None = None
 
     def renew(self) -> None:
-        self.owner = self.count = 0
+        self._set()
 
     @property
     def is_mine(self) -> bool:
@@ -61,27 +71,73 @@ class LockRef(Ref):
         return self.count > 0 and self.owner == get_ident()
 
     def acquire(self, seconds: float | None) -> bool:
-        granted = self.call("acquire", get_ident(), seconds, timeout=seconds, undo=self.undo)
+        if self._lent and self._take():
+            self.owner = get_ident()
+            self.count += 1
+            return True
+        way = self.way
+        if way is not self._prepared:
+            way.connect()
+            if isinstance(way, Peer):
+                self._counts, self._slot = way.counter()
+            self._prepared = way
+        args = (get_ident(), seconds, self._slot)
+        granted = self.call("acquire", *args, timeout=seconds, undo=self.undo)
         if not granted:
             return False
         self.owner = get_ident()
         self.count += 1
-        self.warn(granted[1])
+        _, abandoned, self._lent = granted
+        self.warn(abandoned)
         return True
 
     def wait(self, condition: int, seconds: float | None) -> bool:
         """Wait for a condition of this lock, which this thread holds; return if it was notified."""
         count, self.count = self.count, 0
+        args = (get_ident(), condition, seconds, self._slot)
         try:
-            notified, abandoned = self.call("wait", get_ident(), condition, seconds, undo=self.undo)
+            notified, abandoned, self._lent = self.call("wait", *args, undo=self.undo)
         except BaseException as error:
             if not isinstance(error, PeerDied):
+                self._lent = False
+                self.cast("returned")  # the home may not have heard that we wait
                 self.acquire(None)  # as its caller expects, who will release it
                 self.count = count
             raise
         self.owner, self.count = get_ident(), count
         self.warn(abandoned)
         return bool(notified)
+
+    def _take(self) -> bool:
+        """Acquire a lock that is lent; False if another thread has it, or it was recalled."""
+        way, counts, slot = self.way, self._counts, self._slot
+        taken = False
+        try:
+            with way.loop:
+                if self._lent and way.works and counts is not None and counts[slot] % 2 == 0:
+                    # In this order: see `served.locks`.
+                    counts[slot] += 1
+                    taken = counts[slot + 1] != 0
+                    if not taken:
+                        self._lent = False
+                        way.cast(self.id, "returned", (), ())
+        except BaseException:
+            if taken:
+                self._let_go()
+            raise
+        return taken
+
+    def _let_go(self) -> None:
+        """Release the lock, which can be done, so that nobody needs to wait until it is."""
+        way, counts, slot = self.way, self._counts, self._slot
+        with way.loop:
+            if not self._lent or counts is None or counts[slot] % 2 == 0:
+                way.cast(self.id, "release", (get_ident(),), ())
+                return
+            counts[slot] += 1
+            if counts[slot + 1] == 0:
+                self._lent = False
+                way.cast(self.id, "returned", (get_ident(),), ())
 
     def warn(self, abandoned: str) -> None:
         """Say who died with the lock, if anybody did."""
@@ -90,9 +146,9 @@ class LockRef(Ref):
             log(WARNING, text, abandoned)
 
     def release(self) -> None:
-        if self.count:  # it can be given back, so nobody needs to wait until that is done
+        if self.count:
             self.count -= 1
-            self.cast("release", get_ident())
+            self._let_go()
         else:
             self.call("release", get_ident())
 

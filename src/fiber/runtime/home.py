@@ -21,7 +21,7 @@ import mmap
 import os
 import pickle
 from collections.abc import Callable, Collection, Sequence
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fiber.runtime.logs import DEBUG, log
@@ -49,6 +49,7 @@ __all__ = [
     "Home",
     "Request",
     "Served",
+    "settle",
 ]
 
 SERVICE = "home"
@@ -60,7 +61,20 @@ CALL, CAST, ATTACH, RELEASE, LEASE, CANCEL, PAGE, GOODBYE, REPLY, FREE = range(3
 COUNTS_SIZE = 1 << 16
 """Bytes of the memory that a process shares with a home. What is not used of it costs nothing."""
 
+_SETTLED = 5e-6  # seconds in which what one processor has written is there for another to read
 _LEASE = 60.0  # seconds that an object without a user is kept once it was pickled
+
+
+def settle() -> None:
+    """Wait until what this process and another have just written is there for both to read.
+
+    By two words of shared memory a process and a home agree on who may go on, without a message:
+    each writes its own, then reads the other's. The home waits between the two, so that at least
+    one of them sees what the other wrote.
+    """
+    settled = perf_counter() + _SETTLED
+    while perf_counter() < settled:
+        pass
 
 
 class Client:
@@ -71,7 +85,7 @@ class Client:
         pid: its process ID.
         died: whether it ended without a good-bye.
         supervised: somebody else, such as a pool, makes good for its death.
-        counts: memory that it shares with us, in which it counts what it takes of queues.
+        counts: memory that it shares with us, two words for each object; see `settle`.
     """
 
     def __init__(self, home: Home, link: Link | None, facts: dict[str, Any]) -> None:

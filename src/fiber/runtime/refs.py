@@ -5,7 +5,8 @@
 
 There is one `Ref` for each object in a process, however often the object was unpickled there. When
 it is collected the home hears of it. A `Peer` is the link to one home, shared by all references to
-its objects. If a home is gone, every call that waits for it, and every later one, raises `PeerDied`.
+its objects. If a home is gone, every call that waits for it, and every later one, raises
+`PeerDied`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class _Call:
 
 class Here:
     """The way to the home of this process."""
+
+    works = True
 
     def __init__(self, session: Session) -> None:
         self.loop = session.loop
@@ -146,6 +149,11 @@ class Peer:
         self._slots = 0
         self.hasty = False
         """Whether the process may end without waiting until all that was posted is on its way."""
+
+    @property
+    def works(self) -> bool:
+        """Whether the home can be reached, as far as that is known."""
+        return self.error is None
 
     @property
     def connected(self) -> bool:

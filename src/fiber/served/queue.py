@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import Any
 
 from fiber.errors import PeerDied
-from fiber.runtime.home import Client, Home, Request, Served
+from fiber.runtime.home import Client, Home, Request, Served, settle
 from fiber.runtime.loop import Timer
 from fiber.wire.blocks import Block
 
@@ -41,7 +41,6 @@ PARTS = "parts"
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
 _TURN = 0.001  # seconds that a process may take what it was granted ahead while others wait
-_SETTLED = 5e-6  # seconds in which what one processor has written is there for another to read
 _GRANT = 1 << 16  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
@@ -113,12 +112,10 @@ class _Lease:
         if self.ahead <= 0:
             return []
         # The process may be counting at this very moment. It looks at the limit after that, so
-        # either it sees that we were faster, or we see its count; once both writes have settled.
+        # either it sees that we were faster, or we see its count.
         limit = max(self.pinned, self.taken)
         self._limit(limit)
-        settled = perf_counter() + _SETTLED
-        while perf_counter() < settled:
-            pass
+        settle()
         self.settle()
         items = [self.items.pop() for _ in range(self.end - max(limit, self.taken))]
         return items[::-1]
