@@ -273,6 +273,34 @@ see_mark(objects)
 """)
 
 
+@pytest.mark.parametrize("by", ["master", "child"])
+def test_a_fork_that_uses_objects_of_its_parents_makes_no_folder(
+    by: str, forking: Callable[[str], None]
+) -> None:
+    """Else one that ends by os._exit would leave it behind."""
+    forking(f"""
+import glob, tempfile
+def use(q, out):
+    assert [q.get(timeout=20) for _ in range(100)] == list(range(100))
+    out.put("seen")
+def fork_one(q, out):
+    well(fork(use, q, out))
+q, out = fiber.Queue(), fiber.Queue()
+for number in range(100):
+    q.put(number)
+if {by!r} == "master":
+    fork_one(q, out)
+else:
+    process = fiber.Process(target=fork_one, args=(q, out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+assert out.get(timeout=20) == "seen"
+folders = glob.glob(os.path.join(tempfile.gettempdir(), "fiber-*"))
+assert len(folders) == 1, folders
+""")
+
+
 def test_in_a_fork_that_has_used_them(forking: Callable[[str], None]) -> None:
     """Nothing of what the parent had pending or held is the child's."""
     forking("""

@@ -286,7 +286,9 @@ class Peer:
             return self._page, self._slots - 2
 
     def _make_page(self) -> memoryview | None:
-        path = os.path.join(self._session.folder, f"{os.getpid()}-{os.urandom(4).hex()}.page")
+        # In the folder of its session, for a process that `os.fork` made may have none.
+        folder = os.path.dirname(self.address.removeprefix("unix:"))
+        path = os.path.join(folder, f"{os.getpid()}-{os.urandom(4).hex()}.page")
         try:
             with open(path, "x+b") as file:
                 file.truncate(COUNTS_SIZE)

@@ -1,9 +1,12 @@
 """The session: one program and all the processes that it starts, on however many machines.
 
-The program's first process is the master. It makes the session at first use: a folder that only
-this user can enter, with the sockets and the secret, and ends it when it ends. Every process of the
+The program's first process is the master. It makes the session at first use, and ends it when it
+ends: a folder that only this user can enter, with the sockets and the secret. Every process of the
 session has a `Session` of its own, made at first use as well, with its loop, its endpoint and its
 agents; they share the folder and the secret.
+
+A process that `os.fork` made is the master of a session of its own. If it only uses what lives in
+that of its parent it has no folder, and may end by `os._exit` without leaving one.
 """
 
 from __future__ import annotations
@@ -42,13 +45,20 @@ __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
 
 class Session:
-    """This process's part of a session."""
+    """This process's part of a session.
 
-    def __init__(self, folder: str, secret: bytes, lock: int | None = None) -> None:
-        self.folder = folder
+    Args:
+        secret: of the session.
+        folder: of the session; None for its master, who makes it.
+    """
+
+    def __init__(self, secret: bytes, folder: str | None = None) -> None:
         self.secret = secret
         self.loop = Loop()
-        self._lock = lock  # held by the master: its end, however it comes, lets go of it
+        self._folder = folder
+        self._making_folder = threading.Lock()
+        self._lock: int | None = None
+        """Held by the master from when there is a folder: its end, however it comes, lets go."""
         self._janitor: folders.Janitor | None = None
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
@@ -61,6 +71,16 @@ class Session:
         self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
         """References to served objects that this process has, by address and identity."""
         self._closing = False
+
+    @property
+    def folder(self) -> str:
+        """The session's folder, made when it is needed first."""
+        if self._folder is None:
+            with _undisturbed(), self._making_folder:
+                if self._folder is None:
+                    self._folder, self._lock = folders.make(self.secret)
+                    log(DEBUG, "session in %s", self._folder)
+        return self._folder
 
     @property
     def endpoint(self) -> Endpoint:
@@ -338,27 +358,31 @@ def current() -> Session:
             from multiprocessing import util
 
             util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
-            deferral = Deferral(lambda: None)
-            deferral.enter()  # a Ctrl-C in the middle would leave a folder that nobody removes
-            try:
+            with _undisturbed():
                 _current = _take_part() if _inherited else _begin()
-            finally:
-                deferral.leave()
         return _current
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off signals: a Ctrl-C in the middle would leave a folder that nobody removes."""
+    deferral = Deferral(lambda: None)
+    deferral.enter()
+    try:
+        yield
+    finally:
+        deferral.leave()
 
 
 def _begin() -> Session:
     """Begin a session, as its master."""
-    key = new_secret()
-    folder, lock = folders.make(key)
     logs.configure()
-    log(DEBUG, "session in %s", folder)
-    return Session(folder, key, lock)
+    return Session(new_secret())
 
 
 def _take_part() -> Session:
     """Take part in the session that this process was started in."""
-    session = Session(_inherited["folder"], _inherited["secret"])
+    session = Session(_inherited["secret"], _inherited["folder"])
     with session.loop:
         channel = Channel(_inherited["socket"])
         agent = Agent.inherited(session.loop, channel, _inherited["names"])
@@ -401,8 +425,8 @@ def keep_clean() -> None:
 
 
 def known_folders() -> list[str]:
-    """Return the folders of this process's session, if it has begun, and of its forebears'."""
-    own = _current.folder if _current is not None else _inherited.get("folder")
+    """Return the folders of this process's session, if it has one, and of its forebears'."""
+    own = _current._folder if _current is not None else _inherited.get("folder")
     return [*filter(None, [own]), *_forebears]
 
 
@@ -458,12 +482,8 @@ def shutdown(reason: BaseException | None = None, *, orderly: bool = True) -> No
     with _making:
         session, _current = _current, None
     if session is not None:
-        deferral = Deferral(lambda: None)
-        deferral.enter()  # a second Ctrl-C in the middle would leave the folder
-        try:
+        with _undisturbed():
             session.close(reason, orderly=orderly)
-        finally:
-            deferral.leave()
 
 
 def _shutdown_at_exit() -> None:
@@ -483,7 +503,8 @@ def _forget_after_fork() -> None:
     if _inherited:
         _forebears[_inherited["folder"]] = _inherited["secret"]
     if _current is not None:
-        _forebears[_current.folder] = _current.secret
+        if _current._folder is not None:
+            _forebears[_current._folder] = _current.secret
         _current.forget()
         _abandoned.append(_current)
     _current = None
