@@ -98,9 +98,11 @@ class LockRef(Ref):
         try:
             notified, abandoned, self._lent = self.call("wait", *args, undo=self.undo)
         except BaseException as error:
-            if not isinstance(error, PeerDied):
+            if isinstance(error, PeerDied):
+                self.count = count  # its caller's `release` says that as well
+            else:
                 self._lent = False
-                self.cast("returned")  # the home may not have heard that we wait
+                self.cast("returned", get_ident())  # the home may not have heard that we wait
                 self.acquire(None)  # as its caller expects, who will release it
                 self.count = count
             raise

@@ -467,7 +467,8 @@ class ServedQueue(Served):
                 request.answer()
         elif self._unfinished <= self._debt():
             who = " and ".join(
-                f"{name} died with {count} items that it had taken and not marked as done"
+                f"{name} died with {count} item{'s' * (count != 1)} that it had taken and "
+                "not marked as done"
                 for name, count in self._owed.items()
             )
             joiners, self._joiners = self._joiners, {}
