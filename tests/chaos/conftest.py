@@ -92,7 +92,13 @@ class Program:
                 names.append(f"process {process.pid} ({process.status()}): {command}")
         if folder:
             names += [str(path) for path in self.folders()]
-        return names + [f"/dev/shm/{name}" for name in _shared_memory() if name not in self._memory]
+        memory = [name for name in _shared_memory() if name not in self._memory]
+        return names + [f"/dev/shm/{name}" for name in memory if not self._is_of_others(name)]
+
+    def _is_of_others(self, name: str) -> bool:
+        """Whether shared memory (fiber-<uid>-<pid>-...) is that of a living process not of it."""
+        pid = int(name.split("-")[2])
+        return psutil.pid_exists(pid) and pid not in [process.pid for process in self.processes()]
 
     def folders(self) -> list[Path]:
         """Return the session folder of the program, if it is there."""

@@ -246,6 +246,35 @@ def test_a_worker_killed_from_outside_costs_no_result(pool: fiber.Pool) -> None:
     assert seen + list(results) == list(range(1000))
 
 
+def test_an_item_that_had_its_result_is_not_to_blame(tmp_path: Path) -> None:
+    """It was killed by somebody else, again and again, while the result was on its way."""
+    log = tmp_path / "log"
+    log.touch()
+
+    def make() -> bytes:
+        with log.open("a") as file:
+            file.write("begun\n")
+        time.sleep(0.1)
+        return bytes(30_000_000)
+
+    with fiber.Pool(1, retries=1) as pool:
+        assert pool.apply(abs, (-1,)) == 1
+        os.kill(pool.pids()[0], signal.SIGKILL)  # from the first death on it is looked at
+        assert pool.apply(abs, (-1,)) == 1
+        result = pool.apply_async(make)
+        for round in range(4):
+            deadline = time.monotonic() + 10
+            while len(log.read_text().split()) <= round:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            (pid,) = pool.pids()
+            with pool._loop:  # nobody reads: the worker is stuck in sending
+                time.sleep(0.4)
+                os.kill(pid, signal.SIGKILL)
+        assert result.get(20) == bytes(30_000_000)
+        assert pool.stats().died == 5
+
+
 def test_idle_workers_that_die_are_replaced(pool: fiber.Pool) -> None:
     assert pool.map(tasks.square, [2]) == [4]
     for _ in range(4):

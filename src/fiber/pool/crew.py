@@ -14,6 +14,7 @@ the session's loop.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 from collections.abc import Callable, Container
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from fiber.config import config
 from fiber.errors import PoolBroken
 from fiber.pool import protocol
+from fiber.pool.marks import Marks
 from fiber.pool.workerprocess import WorkerProcess
 from fiber.process import Process, gpus_of, pickle_process
 from fiber.resources import Resources
@@ -36,6 +38,7 @@ from fiber.wire.pickling import Packed, dumps, loads
 __all__ = ["Crew", "Foreman", "Settings", "Worker"]
 
 _BOOT_FAILURES = 3  # workers in a row that ended before they were up, with none up: it is broken
+_BOOT_KILLS = 10  # if the last was ended by SIGKILL, which may come from anywhere
 _REST = 0.1  # seconds, at first, before yet another is started while others are up
 _DOUBLINGS = 7  # of that
 _TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
@@ -63,6 +66,7 @@ class Worker:
         child: its process, as the agent has it.
         process: the same, as `active_children` shows it.
         link: to it, once it has connected.
+        mark: the place of its mark, if it has one.
         up: whether it takes batches.
         stopping: whether it was asked to end.
     """
@@ -72,6 +76,7 @@ class Worker:
         self.child = child
         self.process = process
         self.link: Link | None = None
+        self.mark: int | None = None
         self.up = False
         self.stopping = False
         self.item_timer: Timer | None = None
@@ -178,6 +183,7 @@ class Crew:
         self._dismissed = False
         self._cpu = resources.cpu or config.cpu_per_job
         self._agent = self._session.agent(settings.backend, self._cpu)
+        self._marks: Marks | None = None  # from the first death on
         self._initialization = Packed(b"", ())
         if settings.initializer is not None:
             pair = (settings.initializer, settings.initargs)
@@ -205,13 +211,23 @@ class Crew:
     def _some_are_up(self) -> bool:
         return any(worker.up and not worker.stopping for worker in self.workers.values())
 
-    def _rest(self, why: str) -> None:
-        """Start no more for a while: what ended the last ones may last."""
-        if not self._resting:
-            self._resting = True
-            seconds = _REST * 2 ** min(self._boot_failures - _BOOT_FAILURES, _DOUBLINGS)
-            log(WARNING, "%s\nThe next one is started in %.1f seconds.", why, seconds)
-            self._session.loop.call_later(seconds, self._go_on)
+    def _boots_fail(self, last: Worker) -> None:
+        """Workers keep ending before they are up: take time if others are, or else give up."""
+        failures = self._boot_failures
+        why = (
+            f"{failures} workers in a row ended before they were ready; the last: "
+            f"{last.describe_end()}{last.last_words()}"
+        )
+        killed = last.child.exitcode == -signal.SIGKILL
+        if self._some_are_up:
+            if not self._resting:
+                self._resting = True
+                seconds = _REST * 2 ** min(failures - _BOOT_FAILURES, _DOUBLINGS)
+                log(WARNING, "%s\nThe next one is started in %.1f seconds.", why, seconds)
+                self._session.loop.call_later(seconds, self._go_on)
+        elif failures >= (_BOOT_KILLS if killed else _BOOT_FAILURES):
+            self._boot_failures = 0
+            self._foreman.crew_failed(PoolBroken(why))
 
     def _go_on(self) -> None:
         self._resting = False
@@ -257,9 +273,32 @@ class Crew:
         worker.link = link
         link.on_frame = lambda frame: self._on_frame(worker, frame)
         link.on_lost = lambda: self._on_lost(worker)
+        self._give_mark(worker)
         worker.post(protocol.INITIALIZE, *self._initialization[:2])
         if worker.stopping:
             worker.stop()
+
+    def _have_marks(self) -> None:
+        """From now on, have the workers mark what they are at."""
+        if self._marks is None:
+            try:
+                self._marks = Marks(self._session.folder)
+            except OSError as error:
+                log(DEBUG, "workers cannot mark what they are at: %s", error)
+            for worker in self.workers.values():
+                self._give_mark(worker)
+
+    def _give_mark(self, worker: Worker) -> None:
+        if self._marks is not None and worker.link is not None:
+            worker.mark = self._marks.take()
+            if worker.mark is not None:
+                worker.post(protocol.MARKS, pickle.dumps((self._marks.path, worker.mark)))
+
+    def was_idle(self, worker: Worker, batch: int) -> bool:
+        """Whether a worker that has died is known not to have been at an item of this batch."""
+        if self._marks is None or worker.mark is None:
+            return False
+        return self._marks.read(worker.mark) not in (0, batch)
 
     def _on_frame(self, worker: Worker, frame: Frame) -> None:
         if frame.kind == protocol.UP:
@@ -293,22 +332,18 @@ class Crew:
             self._boot_failures = 0 if worker.up else self._boot_failures + 1
         if worker.up:
             worker.up = False
+            if not worker.stopping:
+                self._have_marks()
             self._foreman.worker_down(worker)
+        if self._marks is not None and worker.mark is not None:
+            self._marks.give_back(worker.mark)
         del self.workers[worker.id]
         if worker.child.agent.ending and not worker.stopping:
             self._foreman.crew_failed(
                 PoolBroken(f"{worker.describe_end()}; their agent was asked to end by SIGTERM")
             )
-        if self._boot_failures >= _BOOT_FAILURES:
-            why = (
-                f"{self._boot_failures} workers in a row ended before they were ready; the last: "
-                f"{worker.describe_end()}{worker.last_words()}"
-            )
-            if self._some_are_up:
-                self._rest(why)
-            else:
-                self._boot_failures = 0
-                self._foreman.crew_failed(PoolBroken(why))
+        if self._boot_failures >= _BOOT_FAILURES and not worker.stopping:
+            self._boots_fail(worker)
         self.recruit()
         self._tell_if_gone()
 
@@ -333,6 +368,9 @@ class Crew:
     def _tell_if_gone(self) -> None:
         if self._dismissed and not self.workers:
             self.gone.set()
+            if self._marks is not None:
+                self._marks.close()
+                self._marks = None
 
 
 _FRAME = re.compile(r'  File ".*/(fiber/(pool|runtime|process)|multiprocessing/process).*", line')

@@ -43,6 +43,7 @@ from fiber.wire.pickling import Packed, dumps, loads, reason
 
 __all__ = ["Master", "PoolStats"]
 
+_IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -98,6 +99,7 @@ class Master:
         self._ended: BaseException | None = None  # why it takes no more calls
         self._dropped: deque[_Reference] = deque()  # iterators that nobody has any more
         self._acting = False
+        self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
         self._crew = Crew(settings, resources, self)
@@ -401,13 +403,25 @@ class Master:
 
     def worker_down(self, worker: Worker) -> None:
         """A worker has ended: its work goes to others."""
-        # What it was sent last it may not have read: then that item was not what ended it.
-        unread = worker.link is not None and worker.link.unread
-        innocent = unread and len(self._scheduler.batches_of(worker.id)) == 1
-        self._scheduler.worker_down(worker.id, charged=not innocent)
+        self._scheduler.worker_down(worker.id, charged=not self._was_idle(worker))
         for call in self._calls.values():
             call.known_by.discard(worker.id)
         self._act()
+
+    def _was_idle(self, worker: Worker) -> bool:
+        """Whether no item was running, so that none is what ended the worker."""
+        batches = self._scheduler.batches_of(worker.id)
+        if not batches:
+            return False
+        first = batches[0]
+        # What it was sent last it may not have read.
+        idle = worker.link is not None and worker.link.unread and len(batches) == 1
+        # It may have had the result of an item, which will run again.
+        if first.call.retries and self._crew.was_idle(worker, first.id):
+            idle = True
+        # If this goes on, something about the items may be what ends workers all the same.
+        self._idle_deaths = self._idle_deaths + 1 if idle else 0
+        return idle and self._idle_deaths <= _IDLE_DEATHS * self.settings.processes
 
     def crew_failed(self, error: BaseException) -> None:
         """There can be no workers: all calls, and those to come, raise `error`."""
@@ -428,6 +442,7 @@ class Master:
         done = len(values) if values is not None else len(packed)
         size = len(frame.body) + sum(map(len, frame.buffers))
         self._seconds += seconds
+        self._idle_deaths = 0
         settled = self._scheduler.progress(batch, done, seconds, returned)
         if settled is None:
             return

@@ -1,6 +1,6 @@
 """What a pool's master and its workers say to each other.
 
-    master ─ INITIALIZE, BATCH, FORGET, STOP ─► worker
+    master ─ INITIALIZE, MARKS, BATCH, FORGET, STOP ─► worker
     master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
@@ -24,6 +24,7 @@ __all__ = [
     "INITIALIZE",
     "INITIALIZER_FAILED",
     "MAP",
+    "MARKS",
     "RESULTS",
     "STARMAP",
     "STOP",
@@ -33,7 +34,7 @@ __all__ = [
     "split",
 ]
 
-INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
+INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, MARKS = range(2, 11)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -46,6 +47,7 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = r
     RESULTS             batch, returned, seconds, values or None, packed values, numbers of their
                         buffers, {position: exception}; then buffers
     UNLOADABLE          batch, exception
+    MARKS               path, place; see `pool.marks`
 """
 
 MAP, STARMAP, APPLY = range(3)

@@ -13,6 +13,7 @@ in the socket, so that others can run it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
+from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
@@ -30,6 +32,7 @@ from fiber.pool.protocol import (
     FORGET,
     INITIALIZE,
     INITIALIZER_FAILED,
+    MARKS,
     RESULTS,
     STARMAP,
     STOP,
@@ -152,6 +155,7 @@ class Worker:
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
         self._job: _Job | None = None
+        self._mark: list[int] | memoryview = [0]  # see `pool.marks`
         self._batches = 0  # how many were begun
         self._lock = threading.Lock()  # sending, the inbox, and the end of a job
         self._keeper: threading.Thread | None = None
@@ -167,6 +171,9 @@ class Worker:
                 call = pickle.loads(frame.body)
                 self._functions.pop(call, None)
                 self._unloaded.pop(call, None)
+            elif frame.kind == MARKS:
+                with contextlib.suppress(OSError):
+                    self._mark = map_mark(*pickle.loads(frame.body))
             elif frame.kind == INITIALIZE:
                 if not self._initialize(frame):
                     return
@@ -201,6 +208,7 @@ class Worker:
 
     def _run(self, frame: Frame) -> None:
         head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
+        self._mark[0] = head.batch
         try:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
@@ -208,6 +216,7 @@ class Worker:
             if len(items) != head.items:
                 raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
+            self._mark[0] = IDLE
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
             return
@@ -249,6 +258,7 @@ class Worker:
                 break
             except BaseException as error:
                 job.fail(error)
+        self._mark[0] = IDLE
         with self._lock:
             self._job = None
             if job.sent < len(values):
@@ -257,10 +267,12 @@ class Worker:
     def _run_carefully(self, job: _Job) -> None:
         values = job.values
         while job.items:
+            self._mark[0] = job.id
             try:
                 values.append(next(job.results()))
             except BaseException as error:
                 job.fail(error)
+            self._mark[0] = IDLE
             with self._lock:
                 self._report(job, len(values), 0, 0.0)
         with self._lock:
