@@ -617,6 +617,31 @@ def test_a_peer_that_goes_is_told_once(echo: Echo) -> None:
     assert echo.lost == ["near"]
 
 
+def test_frames_keep_their_order_when_a_handler_drains_its_own_link(loop: Loop) -> None:
+    """As a home does that has to know all that its users have sent so far."""
+    seen: list[int] = []
+    sock, theirs = socket.socketpair()
+    peer = Channel(theirs)
+
+    def handle(frame: Frame) -> None:
+        seen.append(frame.kind)
+        if frame.kind == 1:
+            peer.send(4, b"")
+            link.drain()
+            seen.append(0)
+
+    with loop:
+        link = Link(loop, Channel(sock), handle, lambda: seen.append(-1))
+        for kind in (1, 2, 3):
+            peer.post(kind, b"")
+        peer.flush()
+        peer.sock.setblocking(True)
+        link.drain()
+        assert seen == [1, 2, 3, 4, 0]
+        link.close()
+    peer.close()
+
+
 def test_a_damaged_frame_costs_its_channel_alone(
     loop: Loop, echo: Echo, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -509,6 +509,7 @@ class Link:
         self.on_frame = on_frame
         self.on_lost = on_lost
         self.sent: Event | None = None  # to be set when everything posted is on its way
+        self._inbox: deque[Frame] = deque()  # read, and not handled yet
         self._waits_to_send = False
         self._broken = False  # nothing goes out any more; what came in is still read
         channel.sock.setblocking(False)
@@ -549,8 +550,10 @@ class Link:
 
     def _read(self) -> bool:
         """Handle what one `recv` brings; return whether there may be more."""
+        if self._inbox and not self._handle():  # a handler of this link drains it
+            return False
         try:
-            frames = self.channel.read()
+            self._inbox.extend(self.channel.read())
         except BlockingIOError:
             return False
         except FrameError as error:
@@ -561,11 +564,15 @@ class Link:
             self.unread = isinstance(error, ConnectionResetError)
             self._lose()
             return False
-        for frame in frames:
-            self.on_frame(frame)
+        return self._handle()
+
+    def _handle(self) -> bool:
+        """Handle, in their order, the frames that have come; return whether the link is there."""
+        while self._inbox:
+            self.on_frame(self._inbox.popleft())
             if self.lost:
-                return False
-        return True
+                self._inbox.clear()
+        return not self.lost
 
     def drain(self) -> None:
         """Handle all that has arrived, to the end."""
