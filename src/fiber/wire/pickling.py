@@ -32,14 +32,19 @@ from typing import Any, NamedTuple, Protocol
 from fiber.errors import SerializationError
 from fiber.wire.framing import Buffer
 
-__all__ = ["Packed", "dumps", "is_plain", "loads", "pieces", "reason"]
+__all__ = ["Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
 
 PROTOCOL = 5
 
 PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 """Types of values that cannot change, and that always can be pickled and unpickled."""
 
-_SIZED = frozenset({bytes, str})
+SIZED = frozenset({bytes, str})
+"""Those of them that may be large."""
+
+_CONTAINERS = frozenset({tuple, list, dict})
+_FEW = 8  # values in a container, and each of
+_SHORT = 256  # bytes at the most, to be flat
 
 _REFUSALS = (pickle.PickleError, TypeError, AttributeError, NotImplementedError, RecursionError)
 """What is raised where something cannot be pickled."""
@@ -62,6 +67,18 @@ def is_plain(values: Sequence[object]) -> bool:
     if kinds == {tuple}:  # as arguments of starmap are
         kinds = set(map(type, chain.from_iterable(values)))  # type: ignore[arg-type]
     return kinds <= PLAIN
+
+
+def is_flat(obj: object) -> bool:
+    """Whether it is a container of a few short plain values: such can be pickled without ado."""
+    kind = type(obj)
+    if kind not in _CONTAINERS or len(obj) > _FEW:  # type: ignore[arg-type]
+        return False
+    for value in obj:  # type: ignore[attr-defined]
+        kind_of = type(value)
+        if kind_of not in PLAIN or (kind_of in SIZED and len(value) > _SHORT):
+            return False
+    return kind is not dict or is_flat(tuple(obj.values()))  # type: ignore[attr-defined]
 
 
 def dumps(obj: object, known: Container[str] | None = None, *, share: bool = False) -> Packed:
@@ -106,7 +123,9 @@ def pieces(obj: object, known: Container[str] | None = None) -> list[Buffer]:
     Large pieces are not copied: they are the object's own memory.
     """
     kind = type(obj)
-    if kind in PLAIN and (kind not in _SIZED or len(obj) < _IN_BAND):  # type: ignore[arg-type]
+    if kind in PLAIN and (kind not in SIZED or len(obj) < _IN_BAND):  # type: ignore[arg-type]
+        return [pickle.dumps(obj, PROTOCOL)]
+    if is_flat(obj):
         return [pickle.dumps(obj, PROTOCOL)]
     if known is None:
         mark = carrier.made
