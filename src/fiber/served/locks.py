@@ -127,6 +127,7 @@ class ServedLock(Served):
             self._catch_up()
         if self._value == 0 and self._loan is not None:
             self._limit_turn(seconds)
+            self._serve()  # those who wait already come first
         if self._value > 0:
             self._grant(waiter)
         elif seconds == 0:
@@ -237,12 +238,11 @@ class ServedLock(Served):
 
     def _end_turn(self) -> None:
         self._turn = None
-        if self._waiters:
-            self._make_way()
+        self._make_way()
 
     def _make_way(self) -> None:
         """Let those go on who wait, now or once the lock is released."""
-        if self._loan is not None:
+        if self._waiters and self._loan is not None:
             self._recall()
         self._serve()
 
