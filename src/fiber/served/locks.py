@@ -125,9 +125,11 @@ class ServedLock(Served):
             self._frequent.add(request.client)
         if self._value == 0 and seconds == 0:
             self._catch_up()
-        if self._value == 0 and self._loan is not None:
-            self._limit_turn(seconds)
-            self._serve()  # those who wait already come first
+            if self._loan is not None:
+                self._recall()
+                self._serve()  # those who wait come first
+        if request.client.link is not None and request.client.link.lost:
+            return  # as it turned out when we caught up
         if self._value > 0:
             self._grant(waiter)
         elif seconds == 0:
@@ -136,6 +138,7 @@ class ServedLock(Served):
             self._waiters[waiter] = None
             request.on_withdrawn = lambda: self._forget(waiter)
             request.expire(seconds, lambda: self._expire(waiter))
+            self._limit_turn()
 
     def do_release(self, request: Request, thread: int) -> None:
         """Take a permit back: the caller's own, or else the one that is out the longest."""
@@ -207,10 +210,12 @@ class ServedLock(Served):
         self._value -= 1
         self._holders.append(holder)
         if self._most == 1 and waiter.slot >= 0 and client.counts is not None:
-            if not self._waiters or client in self._frequent:
+            if not self._waiters:
                 self._loan = _Loan(client, holder, waiter.slot)
-            if self._waiters and self._loan is not None and self._turn is None:
-                self._turn = self.home.loop.call_later(_TURN, self._end_turn)
+            elif client in self._frequent:
+                self._loan = _Loan(client, holder, waiter.slot)
+                if self._turn is None:
+                    self._turn = self.home.loop.call_later(_TURN, self._end_turn)
         abandoned, self._abandoned = self._abandoned, ""
         waiter.request.answer((waiter.answer, abandoned, self._loan is not None))
 
@@ -227,14 +232,15 @@ class ServedLock(Served):
             del self._waiters[waiter]
             self._grant(waiter)
 
-    def _limit_turn(self, seconds: float | None) -> None:
-        """Somebody would wait so long for the lock that is lent."""
-        assert self._loan is not None
+    def _limit_turn(self) -> None:
+        """Somebody waits for the lock that is lent, if it is."""
+        if self._loan is None or self._turn is not None:
+            return
         left = self._loan.left
-        if seconds == 0 or left <= 0 or self._loan.recalled:
-            self._recall()
-        elif self._turn is None:
+        if left > 0:
             self._turn = self.home.loop.call_later(left, self._end_turn)
+        else:
+            self._make_way()
 
     def _end_turn(self) -> None:
         self._turn = None
