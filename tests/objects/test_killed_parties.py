@@ -236,5 +236,6 @@ def test_the_home_of_an_object(how: str, start: Start) -> None:
     for _ in ready[: 1 if how == "wait of Barrier" else 2]:
         error = back.get(timeout=WITHIN)
         assert isinstance(error, fiber.PeerDied), error
+        assert str(error) == f"process {home.pid}, in which this object lived, has ended"
     start(parties.wait_on, obj, how, ready[0], back)
     assert isinstance(back.get(timeout=WITHIN), fiber.PeerDied)

@@ -139,6 +139,7 @@ class Peer:
         self.loop: Loop = session.loop
         self.address = address
         self.error: PeerDied | None = None
+        self._who = "process " + os.path.basename(address).partition(".")[0]
         self._session = session
         self._link: Link | None = None
         self._connecting = threading.Lock()
@@ -179,7 +180,9 @@ class Peer:
             channel = connect(self.address, secret, _CONNECT_TIMEOUT)
         except (OSError, AuthenticationError) as error:
             why = getattr(error, "strerror", None) or str(error)
-            self.error = PeerDied(f"the process that this object lives in cannot be reached: {why}")
+            self.error = PeerDied(
+                f"{self._who}, in which this object lives, cannot be reached: {why}"
+            )
             return
         hello = {"service": SERVICE, **self._session.identity()}
         try:
@@ -262,7 +265,7 @@ class Peer:
             self._session.blocks.take_back(body)
 
     def _on_lost(self) -> None:
-        self._fail(PeerDied("the process that this object lives in has ended"))
+        self._fail(PeerDied(f"{self._who}, in which this object lived, has ended"))
 
     def _fail(self, error: PeerDied) -> None:
         self.error = self.error or error
