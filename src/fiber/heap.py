@@ -2,7 +2,7 @@
 
     RawValue, RawArray ─► BufferWrapper ─► Heap ─► Arena ─► a file of the session, mapped
                                │                                   ▲
-                               └─ pickled ─► map_arena, elsewhere ─┘
+                               └─ pickled ─► map_arena, elsewhere ─┘ or, out of its sight, Unmapped
 
 An arena is a file: in the session's folder in memory, where there is room for it, else in the one
 on disk. Values and arrays are blocks of it, and travel as the file's name and their place in it.
@@ -15,12 +15,16 @@ goes with the session.
 
 A block that was pickled may be in use elsewhere when it is freed here. So it is not handed out
 again; its arena goes when none of its blocks is in use any more.
+
+A process that does not see the file, because it is in another container or on another host, gets an
+`Unmapped` instead. `sharedctypes` makes do with it where there is a lock: `Arena.ref` is for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import mmap
 import os
@@ -35,8 +39,10 @@ from multiprocessing import util
 from typing import Any
 
 from fiber.runtime import folders, session
+from fiber.runtime.refs import Ref, lookup
+from fiber.served.memory import ServedMemory
 
-__all__ = ["Arena", "BufferWrapper", "Heap", "map_arena", "reserve"]
+__all__ = ["Arena", "BufferWrapper", "Heap", "Unmapped", "map_arena", "reserve"]
 
 _LARGE = 1 << 20
 """Bytes; a block of that size has an arena of its own, which goes as soon as it is freed."""
@@ -131,6 +137,7 @@ class Arena:
         self._place = place
         self._key = key  # what all names of the file begin with
         self._name = name  # this process's
+        self._ref: Ref | None = None
         path = os.path.join(place.path, name)
         self.let_go = weakref.finalize(self, _let_go, path, os.getpid())
         """Call it to give up this process's name for the file."""
@@ -151,6 +158,50 @@ class Arena:
         except OSError:  # too many links
             ticket = self._name
         return map_arena, (self._place.path, self._key, self._name, ticket, self.size)
+
+    def ref(self) -> Ref:
+        """Return a reference to it for those who cannot map it; this process will serve them."""
+        if self._ref is None:
+            part = session.current()
+            find = functools.partial(_find, self._place.path, self._key, self._name, self.size)
+            with contextlib.nullcontext() if part.loop.held else part.loop:
+                served = ServedMemory(part.home, find)
+                part.home.add(served)
+                address = part.home.endpoint.address
+            self._ref = lookup(Ref, address, served.id)
+        return self._ref
+
+
+class Unmapped:
+    """An arena that this process cannot map; it can be pickled as well.
+
+    Attributes:
+        key: of the arena.
+        ticket: the name that was for whoever unpickles it first.
+        lent: as an arena's, of no use here.
+    """
+
+    def __init__(self, folder: str, key: str, name: str, ticket: str, size: int) -> None:
+        self.key = key
+        self.ticket = ticket
+        self.lent: set[int] = set()
+        self._facts = (folder, key, name, name, size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return map_arena, self._facts
+
+    def error(self, what: str) -> FileNotFoundError:
+        """Return what to raise if nothing but its mapping would do for `what`."""
+        text = (
+            f"{what} cannot be used here, for its memory is in another container or on another "
+            "machine: only a Value or an Array with a lock can"
+        )
+        if os.path.isdir(self._facts[0]):  # which we may have made ourselves, elsewhere
+            text = (
+                "the shared memory of this object is gone: when it was unpickled no process had "
+                f"kept it, or its session had ended; or else {text}"
+            )
+        return FileNotFoundError(errno.ENOENT, text)
 
 
 _arenas: weakref.WeakValueDictionary[str, Arena] = weakref.WeakValueDictionary()
@@ -187,7 +238,7 @@ def _link(folder: str, key: str, name: str, new: str) -> None:
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
-def map_arena(folder: str, key: str, name: str, ticket: str, size: int) -> Arena:
+def map_arena(folder: str, key: str, name: str, ticket: str, size: int) -> Arena | Unmapped:
     """Return the arena that was pickled, mapped into this process; once for each process.
 
     Args:
@@ -197,8 +248,8 @@ def map_arena(folder: str, key: str, name: str, ticket: str, size: int) -> Arena
         ticket: the name that is for whoever unpickles it first.
         size: in bytes.
 
-    Raises:
-        FileNotFoundError: nobody has kept it.
+    Returns:
+        `Unmapped` if this process does not see the file, or nobody has kept it.
     """
     with _mapping:
         arena = _arenas.get(key)
@@ -217,17 +268,29 @@ def map_arena(folder: str, key: str, name: str, ticket: str, size: int) -> Arena
                 os.rename(os.path.join(folder, ticket), path)
             except FileNotFoundError:  # another process has unpickled it before
                 _link(folder, key, name, mine)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                errno.ENOENT,
-                "the shared memory of this object is gone: when it was unpickled no process had "
-                "kept it, or its session had ended",
-            ) from None
+        except (FileNotFoundError, PermissionError):
+            return Unmapped(folder, key, name, ticket, size)
         fd = os.open(path, os.O_RDWR)
         try:
             return Arena(place, key, mine, fd, size)
         finally:
             os.close(fd)
+
+
+def _find(folder: str, key: str, name: str, size: int, ticket: str) -> Arena:
+    """As `map_arena`, for somebody else; `ticket` may be "".
+
+    Raises:
+        FileNotFoundError: nobody has kept it.
+    """
+    arena = map_arena(folder, key, name, ticket or name, size)
+    if isinstance(arena, Unmapped):
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "the shared memory of this object is gone: no process had kept it, or its session had "
+            "ended",
+        )
+    return arena
 
 
 def _make_arena(folder: str, size: int) -> Arena:
@@ -376,13 +439,25 @@ class BufferWrapper(_mp_heap.BufferWrapper):
         self.zeroed = arena.untouched
         arena.untouched = False
 
+    @property
+    def arena(self) -> Arena | Unmapped:
+        """Where it is."""
+        arena: Arena | Unmapped = self._state[0][0]
+        return arena
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it begins in its arena, and how many bytes it has."""
+        (_, start, _), size = self._state
+        return start, size
+
     def __reduce__(self) -> tuple[Any, ...]:
         (arena, start, stop), size = self._state
         arena.lent.add(start)
         return _rebuild_wrapper, (arena, start, stop, size)
 
 
-def _rebuild_wrapper(arena: Arena, start: int, stop: int, size: int) -> BufferWrapper:
+def _rebuild_wrapper(arena: Arena | Unmapped, start: int, stop: int, size: int) -> BufferWrapper:
     wrapper = BufferWrapper.__new__(BufferWrapper)
     wrapper._state = ((arena, start, stop), size)
     wrapper.zeroed = False
