@@ -25,7 +25,15 @@ def test_a_program_of_the_documentation_runs(code: str, run_script: RunScript) -
     done = run_script(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert done.stderr == ""
+    told = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
+    assert not told or matches(done.stdout, told), done.stdout
+    assert matches(done.stderr, re.findall(r"^ *# stderr: (.*)$", code, re.M)), done.stderr
+
+
+def matches(text: str, lines: list[str]) -> bool:
+    """Whether a program printed these lines, in which "…" is anything."""
+    pattern = "".join(re.escape(line).replace("…", ".*") + "\n" for line in lines)
+    return re.fullmatch(pattern, text) is not None
 
 
 def test_the_failing_task_of_the_readme_fails_as_it_says(run_script: RunScript) -> None:

@@ -7,15 +7,12 @@ of multiprocessing could notice stays in; see also `adapted`.
 from __future__ import annotations
 
 LEFT_OUT: dict[str, str] = {
-    "SemLockTests": "tests the C class that multiprocessing's locks are made of",
-    "TestPoolNotLeakOnFailure": "gives the pool a context whose process class is a fake; "
-    "Fiber's pool starts its workers without one",
-    "TestResourceTracker": "tests the process by which multiprocessing cleans up its semaphores "
-    "and shared memory; Fiber has none",
-    "TestSimpleQueue.test_closed": "reads the two pipe ends that multiprocessing's SimpleQueue has",
-    "WithProcessesTestHeap.test_heap": "checks the lists of free and used blocks inside the heap",
-    "WithProcessesTestQueue.test_queue_feeder_on_queue_feeder_error": "overrides a hook of the "
-    "feeder thread; Fiber's Queue has none",
+    "TestResourceTracker.test_resource_tracker_reused": "asks for the ID of the process that "
+    "cleans up multiprocessing's semaphores; Fiber's locks need no such process",
+    "TestResourceTracker.test_resource_tracker_sigkill": "kills that process, and wants a new "
+    "lock to warn of it",
+    "WithProcessesTestQueue.test_queue_feeder_on_queue_feeder_error": "overrides a private method "
+    "of the thread that pickles; Fiber's queue has no such thread, it pickles in `put`",
 }
 """By the qualified name of a test or of a whole class."""
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tests.stdlib.adapted import ADAPTED
+from tests.stdlib.adapted import HELPERS, MENDED, OTHERWISE, OUTSIDE
 from tests.stdlib.left_out import LEFT_OUT
 from tests.stdlib.suite import ROOT
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 PATH = ROOT / "docs" / "multiprocessing.md"
 BEGIN = "<!-- From here on written by `python -m tests.stdlib --write`. -->\n"
+KINDS = {
+    "Left out": LEFT_OUT,
+    "Answered otherwise": OTHERWISE,
+    "Looked at from the outside": OUTSIDE,
+    "Mended": MENDED,
+    "Helpers put in the place of CPython's": HELPERS,
+}
 STATES = ("passed", "left out", "skipped", "failed")
 
 
@@ -32,17 +39,26 @@ def generated(results: dict[str, dict[str, dict[str, Outcome]]]) -> str:
     head = " | ".join(f"{version} {state}" for version in results for state in STATES)
     lines = ["", f"| class | {head} |", "|---" * (1 + len(results) * len(STATES)) + "|"]
     names = sorted({name for classes in results.values() for name in classes})
-    for name in names:
-        cells = []
-        for classes in results.values():
-            counts = Counter(outcome.state for outcome in classes.get(name, {}).values())
-            cells += [str(counts[state] or "") for state in STATES]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    lines += ["", "## Left out", "", *entries(LEFT_OUT)]
-    for title, reasons in by_kind({name: reason for name, (reason, _) in ADAPTED.items()}).items():
+    lines += [
+        row(f"`{name}`", [classes.get(name, {}) for classes in results.values()]) for name in names
+    ]
+    together = [
+        {(name, method): outcome for name in classes for method, outcome in classes[name].items()}
+        for classes in results.values()
+    ]
+    lines.append(row("together", together))
+    for title, reasons in KINDS.items():
         lines += ["", f"## {title}", "", *entries(reasons)]
     lines += ["", "## Skipped by CPython", "", *entries(skipped(results))]
     return "\n".join(lines) + "\n"
+
+
+def row(title: str, versions: list[dict[Any, Outcome]]) -> str:
+    cells = []
+    for outcomes in versions:
+        counts = Counter(outcome.state for outcome in outcomes.values())
+        cells += [str(counts[state] or "") for state in STATES]
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 def skipped(results: dict[str, dict[str, dict[str, Outcome]]]) -> dict[str, str]:
@@ -55,13 +71,6 @@ def skipped(results: dict[str, dict[str, dict[str, Outcome]]]) -> dict[str, str]
     }
 
 
-def by_kind(adapted: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Return what is adapted below its headings: whole tests, and helpers of tests."""
-    tests = {n: r for n, r in adapted.items() if n.rpartition(".")[2].startswith("test")}
-    helpers = {name: reason for name, reason in adapted.items() if name not in tests}
-    return {"Answered otherwise": tests, "Helpers put in the place of CPython's": helpers}
-
-
 def entries(reasons: dict[str, str]) -> list[str]:
     """Return a line of the page for each name."""
     return [f"* `{name}`: {reasons[name]}" for name in sorted(reasons)]
@@ -70,6 +79,16 @@ def entries(reasons: dict[str, str]) -> list[str]:
 def rows(text: str) -> set[str]:
     """Return the classes that a page has rows for."""
     return set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+
+
+def failed(text: str) -> list[str]:
+    """Return the classes of which a page says that a test failed."""
+    column = slice(STATES.index("failed"), None, len(STATES))
+    return [
+        name
+        for name, counts in re.findall(r"^\| `(\w+)` \|(.*)\|$", text, re.M)
+        if any(count.strip() for count in counts.split("|")[column])
+    ]
 
 
 def section(text: str, title: str) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 FILE = Path(sysconfig.get_path("stdlib")) / "test" / "_test_multiprocessing.py"
 ROOT = Path(__file__).resolve().parent.parent.parent
-FROM, TO = "multiprocessing", __import__("os").environ.get("T", "fiber")
+FROM, TO = "multiprocessing", "fiber"
 
 
 def outline() -> dict[str, list[str]]:

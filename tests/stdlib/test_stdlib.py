@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from tests.stdlib import page
-from tests.stdlib.adapted import ADAPTED
 from tests.stdlib.left_out import LEFT_OUT
 from tests.stdlib.runner import SECONDS_OF_A_CLASS, Interpreter, newest
 
@@ -61,9 +60,11 @@ def test_the_page_has_a_row_for_each_class(python: Interpreter) -> None:
     assert set(python.classes) - page.rows(page.PATH.read_text(encoding="utf-8")) == set()
 
 
+def test_the_page_tells_of_no_failure() -> None:
+    assert page.failed(page.PATH.read_text(encoding="utf-8")) == []
+
+
 def test_the_page_tells_what_is_left_out_and_why() -> None:
     text = page.PATH.read_text(encoding="utf-8")
-    assert page.section(text, "Left out") == page.entries(LEFT_OUT)
-    adapted = {name: reason for name, (reason, _) in ADAPTED.items()}
-    for title, names in page.by_kind(adapted).items():
-        assert page.section(text, title) == page.entries(names)
+    for title, reasons in page.KINDS.items():
+        assert page.section(text, title) == page.entries(reasons)
