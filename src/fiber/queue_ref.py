@@ -28,7 +28,7 @@ from fiber.wire.blocks import Block
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, dumps, is_flat, loads
 
-__all__ = ["QueueRef", "pack", "unpack"]
+__all__ = ["AS_IT_IS", "NOTHING", "QueueRef", "pack", "unpack"]
 
 _BURST = 0.0002  # seconds: what is put so soon after the last sending waits for more
 _MANY = 16  # items sent together that tell that this thread is busy with putting
@@ -39,14 +39,20 @@ _WHOLE = b"whole"
 """Begins a list whose second and last part is no pickle but the object, large bytes."""
 
 _QUICK = 0.00005  # seconds: who takes an item in less is granted several at a time
-_AHEAD = 0.001  # seconds that it takes to take those
-_MOST = 1024  # items granted at a time
+_AHEAD = 0.004  # seconds that it takes to take those
+_MOST = 4096  # items granted at a time
+NOTHING = object()
+"""In the place of an item: there is none."""
+
+AS_IT_IS = PLAIN | {tuple}
+"""Types of items that are the objects themselves."""
 
 
 class QueueRef(Ref):
     """The queue, as this process has it: what is put and not sent, granted and not taken.
 
     Attributes:
+        ready: what was granted and not taken.
         here: the queue itself, once `prepare` has found that it lives in this process.
     """
 
@@ -58,7 +64,7 @@ class QueueRef(Ref):
         self._pending: deque[Item] = deque()
         self._send_at = 0.0  # of `monotonic`: from then on, a put sends at once
         self._armed = False  # whether a timer will send what is pending
-        self._ready: deque[Item] = deque()
+        self.ready: deque[Item] = deque()
         self._end = 0  # how many items were ever granted
         self._mutex = threading.Lock()  # guards these two
         self._counts: memoryview | None = None
@@ -189,14 +195,10 @@ class QueueRef(Ref):
 
     # Getting
 
-    def get(self, seconds: float | None) -> tuple[Item] | None:
-        """Return the next item, in a tuple of its own; None if there was none in time."""
+    def get(self, seconds: float | None) -> Item:
+        """Return the next item; `NOTHING` if there was none in time."""
         if self._pending:
             self.flush()
-        if self._ready:
-            found = self._take()
-            if found is not None:
-                return found
         way = self.prepare()
         if isinstance(way, Peer):
             return self._get_remotely(seconds)
@@ -204,25 +206,25 @@ class QueueRef(Ref):
         if here is not None:
             with here.mutex:
                 if here.items and here.ahead is None:
-                    return (here.items.popleft(),)
+                    return here.items.popleft()
         call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
         if call is None or call.result is None:
-            return None
-        return (call.result[0],)
+            return NOTHING
+        return call.result[0]
 
-    def _get_remotely(self, seconds: float | None) -> tuple[Item] | None:
+    def _get_remotely(self, seconds: float | None) -> Item:
         deadline = None if seconds is None else monotonic() + seconds
         try:
             while True:
-                taken = self._end - len(self._ready)
+                item = self.take()
+                if item is not NOTHING:
+                    return item
+                taken = self._end - len(self.ready)
                 facts = (self._usable(taken), seconds, self._slot, taken)
                 call = self.call_for("get", facts, (), seconds, self._unpin, self._accept)
                 if call is None or call.result is None:
-                    return None
+                    return NOTHING
                 self._granted_at, self._taken_then = monotonic(), taken
-                found = self._take()
-                if found is not None:
-                    return found
                 if deadline is not None:
                     seconds = max(0.0, deadline - monotonic())
         except BaseException:
@@ -250,40 +252,42 @@ class QueueRef(Ref):
             start, items = result
             with self._mutex:
                 # What the home has recalled since is at the end of what is ready.
-                for _ in range(min(self._end - start, len(self._ready))):
-                    self._ready.pop()
-                self._ready.extend([list(buffers)] if items == PARTS else items)
+                for _ in range(min(self._end - start, len(self.ready))):
+                    self.ready.pop()
+                self.ready.extend([list(buffers)] if items == PARTS else items)
                 self._end = start + (1 if items == PARTS else len(items))
         return result
 
-    def _take(self) -> tuple[Item] | None:
-        """Take the first item that is ready; None if there is none, or it was recalled."""
-        counts, slot = self._counts, self._slot
+    def take(self) -> Item:
+        """Take the first item that is ready; `NOTHING` if there is none, or it was recalled."""
+        counts = self._counts
         with self._mutex:
-            ready = self._ready
+            ready = self.ready
             if not ready:
-                return None
+                return NOTHING
+            item = ready[0]
             taken = self._end - len(ready) + 1
-            is_block = type(ready[0]) is Block
+            is_block = type(item) is Block
             if is_block:
                 # Read before it is counted: then it will be used again.
                 try:
-                    ready[0] = self._read(ready[0])
+                    ready[0] = item = self._read(item)
                 except PeerDied:
                     ready.popleft()
                     raise
             if counts is not None:
                 # In this order: see `served.queue`.
+                slot = self._slot
                 counts[slot] = taken
                 if counts[slot + 1] < taken:
                     counts[slot] = taken - 1
                     self._recalled = True
-                    return None
-            found = (ready.popleft(),)
+                    return NOTHING
+            ready.popleft()
         if is_block or counts is None:
             with self.loop:
                 self.way.cast(self.id, "took", (taken,), ())
-        return found
+        return item
 
     def _read(self, block: Block) -> Item:
         """Return a copy of what is in a block."""

@@ -23,7 +23,7 @@ from queue import Empty, Full
 from types import GenericAlias
 from typing import Any
 
-from fiber.queue_ref import QueueRef, pack, unpack
+from fiber.queue_ref import AS_IT_IS, NOTHING, QueueRef, pack, unpack
 from fiber.runtime.refs import Peer, lookup, serve
 from fiber.served.queue import ServedQueue
 
@@ -95,7 +95,7 @@ class Queue(_Base):
         """
         if self._closed:
             self._check_open()
-        item = pack(obj)
+        item = obj if type(obj) is int else pack(obj)
         self._used = True
         if not self._maxsize:
             self._ref.put(item)
@@ -117,10 +117,13 @@ class Queue(_Base):
         """
         if self._closed:
             self._check_open()
-        found = self._ref.get(_seconds(block, timeout))
-        if found is None:
-            raise Empty
-        return unpack(self._ref.read(found[0]))
+        ref = self._ref
+        item = ref.take() if ref.ready else NOTHING
+        if item is NOTHING:
+            item = ref.get(_seconds(block, timeout))
+            if item is NOTHING:
+                raise Empty
+        return item if type(item) in AS_IT_IS else unpack(self._ref.read(item))
 
     def put_nowait(self, obj: Any) -> None:
         """As `put(obj, False)`."""
@@ -217,9 +220,8 @@ class SimpleQueue(_Base):
     def get(self) -> Any:
         """As `Queue.get`."""
         self._check_open()
-        found = self._ref.get(None)
-        assert found is not None
-        return unpack(self._ref.read(found[0]))
+        item = self._ref.get(None)
+        return item if type(item) in AS_IT_IS else unpack(self._ref.read(item))
 
     def empty(self) -> bool:
         """Return whether nothing is in it now."""

@@ -114,6 +114,20 @@ def test_the_home_takes_too(start: Callable[..., Any], switching: None) -> None:
     assert all(in_order(taken) for taken in lists)
 
 
+@pytest.mark.parametrize("consumers", [2, 4])
+def test_quick_consumers_take_turns(consumers: int, start: Callable[..., Any]) -> None:
+    """What was granted to one is recalled for another many times, and often while it is taken."""
+    q, back = fiber.Queue(), fiber.Queue()
+    for _ in range(consumers):
+        start(actors.consume, q, back)
+    actors.produce(q, 0, 60_000)
+    for _ in range(consumers):
+        q.put(None)
+    lists = [back.get(timeout=DEADLINE) for _ in range(consumers)]
+    assert sorted(item for taken in lists for item in taken) == everything(1, 60_000)
+    assert all(in_order(taken) for taken in lists)
+
+
 def test_threads_of_one_process(switching: None, aside: Callable[..., Any]) -> None:
     """They have the queue in their own process."""
     for q in (fiber.Queue(), fiber.Queue(3), fiber.SimpleQueue()):

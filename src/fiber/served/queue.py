@@ -41,7 +41,7 @@ PARTS = "parts"
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
 _TURN = 0.001  # seconds that a process may take what it was granted ahead while others wait
-_GRANT = 1 << 16  # bytes of items that are granted ahead
+_GRANT = 1 << 17  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
 _SMALL = 32  # bytes: about what any other item takes
@@ -67,6 +67,7 @@ class _Lease:
         self.items: deque[Item] = deque()
         self.taken = self.pinned = 0
         self.until = 0.0
+        self._has_blocks = False  # or had
         self.owed: int = before.owed + before.taken if before is not None else 0
         self.done: int = before.done if before is not None else 0
 
@@ -88,6 +89,8 @@ class _Lease:
     def add(self, items: list[Item]) -> None:
         """Grant items, of which the first was asked for; the others can be recalled."""
         self.items.extend(items)
+        if type(items[0]) is Block:  # it was granted alone
+            self._has_blocks = True
         self.pin()
         self._limit(self.end)
 
@@ -100,11 +103,18 @@ class _Lease:
         if taken is None:
             counts = self.client.counts
             taken = counts[self.slot] if self.slot >= 0 and counts is not None else self.taken
-        while self.taken < taken and self.items:
-            item = self.items.popleft()
+        items = self.items
+        count = min(taken - self.taken, len(items))
+        if count <= 0:
+            return
+        self.taken += count
+        if count == len(items) and not self._has_blocks:
+            items.clear()
+            return
+        for _ in range(count):
+            item = items.popleft()
             if type(item) is Block:
                 self.client.home.block_read(item)
-            self.taken += 1
 
     def recall(self) -> list[Item]:
         """Return what was granted ahead and is not taken: the process will find that it is gone."""
@@ -118,6 +128,7 @@ class _Lease:
         settle()
         self.settle()
         items = [self.items.pop() for _ in range(self.end - max(limit, self.taken))]
+        self._limit(self.end)  # which is more, if it was faster
         return items[::-1]
 
     def _limit(self, count: int) -> None:
@@ -386,8 +397,11 @@ class ServedQueue(Served):
         size = 0
         while len(last) < most and self.items:
             item = self.items[0]
-            size += len(item) if type(item) in _SIZED else _SMALL
-            if type(item) in _ALONE or size > _GRANT:
+            kind = type(item)
+            if kind in _ALONE:
+                break
+            size += len(item) if kind in _SIZED else _SMALL
+            if size > _GRANT:
                 break
             last.append(self.items.popleft())
         if len(last) > 1:

@@ -42,6 +42,7 @@ PLAIN = frozenset({int, float, complex, str, bytes, bool, type(None)})
 SIZED = frozenset({bytes, str})
 """Those of them that may be large."""
 
+_FIXED = PLAIN - SIZED
 _CONTAINERS = frozenset({tuple, list, dict})
 _FEW = 8  # values in a container, and each of
 _SHORT = 256  # bytes at the most, to be flat
@@ -75,8 +76,8 @@ def is_flat(obj: object) -> bool:
     if kind not in _CONTAINERS or len(obj) > _FEW:  # type: ignore[arg-type]
         return False
     for value in obj:  # type: ignore[attr-defined]
-        kind_of = type(value)
-        if kind_of not in PLAIN or (kind_of in SIZED and len(value) > _SHORT):
+        its = type(value)
+        if its not in _FIXED and (its not in SIZED or len(value) > _SHORT):
             return False
     return kind is not dict or is_flat(tuple(obj.values()))  # type: ignore[attr-defined]
 
