@@ -202,11 +202,9 @@ class QueueRef(Ref):
         way = self.prepare()
         if isinstance(way, Peer):
             return self._get_remotely(seconds)
-        here = self.here
-        if here is not None:
-            with here.mutex:
-                if here.items and here.ahead is None:
-                    return here.items.popleft()
+        item = self.take()  # `prepare` may have found that it is here
+        if item is not NOTHING:
+            return item
         call = self.call_for("get", (1, seconds), timeout=seconds, undo=self._undo)
         if call is None or call.result is None:
             return NOTHING
@@ -259,7 +257,11 @@ class QueueRef(Ref):
         return result
 
     def take(self) -> Item:
-        """Take the first item that is ready; `NOTHING` if there is none, or it was recalled."""
+        """Take the first item that is at hand; `NOTHING` if there is none, or it was recalled."""
+        here = self.here
+        if here is not None:
+            with here.mutex:
+                return here.items.popleft() if here.items and here.ahead is None else NOTHING
         counts = self._counts
         with self._mutex:
             ready = self.ready

@@ -118,7 +118,7 @@ class Queue(_Base):
         if self._closed:
             self._check_open()
         ref = self._ref
-        item = ref.take() if ref.ready else NOTHING
+        item = ref.take()
         if item is NOTHING:
             item = ref.get(_seconds(block, timeout))
             if item is NOTHING:
@@ -220,7 +220,9 @@ class SimpleQueue(_Base):
     def get(self) -> Any:
         """As `Queue.get`."""
         self._check_open()
-        item = self._ref.get(None)
+        item = self._ref.take()
+        if item is NOTHING:
+            item = self._ref.get(None)
         return item if type(item) in AS_IT_IS else unpack(self._ref.read(item))
 
     def empty(self) -> bool:
