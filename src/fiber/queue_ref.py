@@ -239,7 +239,7 @@ class QueueRef(Ref):
         if took >= used * _QUICK:
             self._want = 1
         else:
-            more = 2 * (used if self._recalled else self._want)
+            more = 1.25 * used if self._recalled else 2 * self._want
             self._want = int(min(more, used * _AHEAD / took, _MOST))
         self._recalled = False
         return self._want

@@ -6,38 +6,25 @@
 They can be pickled at any time, by any pickler: what travels is where their memory is.
 
 A process that cannot map that memory, for it is in another container or on another host, has a copy
-of its bytes, which is right while it holds the lock:
-
-    acquire ─► lock ─► fetch the bytes ─► use ─► send those that changed ─► release the lock
-                              ▲                               │
-                              └── ServedMemory (fiber.served) ◄┘  in a process that has it mapped
-
-So there must be a lock, and it must be acquired through the object that it guards: by its
-`acquire`, `with`, `get_lock()`, or by reading and setting its value, which lock by themselves. Each
-time that nobody in the process has it yet, all the bytes come: a loop shall acquire it once. If a
-lock guards several objects, each is fetched when the lock is acquired through that one. A condition
-made with the lock waits for a value inside of `with condition`, not of `with value`.
+of its bytes, which is right while it holds the lock (see `copies`). So there must be a lock, and it
+must be acquired through the object that it guards: by its `acquire`, `with`, `get_lock()`, or by
+reading and setting its value, which lock by themselves. Each time that nobody in the process has it
+yet, all the bytes come: a loop shall acquire it once. If a lock guards several objects, each is
+fetched when the lock is acquired through that one. A condition made with the lock waits for a value
+inside of `with condition`, not of `with value`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import ctypes
-import functools
-import operator
-import os
-import re
 import sys
 import weakref
-from collections.abc import Iterator
 from multiprocessing import sharedctypes as _mp
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fiber.errors import PeerDied
+from fiber.copies import copy_of, guard
 from fiber.heap import BufferWrapper, Unmapped
-from fiber.runtime.refs import Ref, lookup
 
 __all__ = [
     "Array",
@@ -238,219 +225,6 @@ def rebuild_ctype(type_: Any, wrapper: BufferWrapper, length: int | None) -> Any
     return _rebuild(type_, () if length is None else (length,), wrapper)
 
 
-# Where the memory cannot be mapped --------------------------------------------------------------
-
-_CHUNK = 1 << 16  # bytes that are compared at a time
-
-
-class _Copy:
-    """The bytes of a block that this process cannot map; there is one for each block.
-
-    Args:
-        ref: to the arena, where it is mapped.
-        wrapper: of the block.
-        item: bytes that are sent together if any of them has changed.
-
-    Attributes:
-        bytes: as they are here.
-        ref: see above.
-        depth: how often its lock was acquired through it and not released; once is enough to
-            fetch the bytes.
-        owner: the thread that did so.
-    """
-
-    def __init__(self, ref: Ref, wrapper: BufferWrapper, item: int) -> None:
-        self.ref = ref
-        self.depth = 0
-        self.owner = 0
-        self._start, size = wrapper.place
-        self.bytes = bytearray(size)
-        self._item = item
-        self._fetched: Any = b""
-
-    def fetch(self) -> None:
-        """Get the bytes as they are there.
-
-        Raises:
-            PeerDied: the process that serves them is gone.
-        """
-        stop = self._start + len(self.bytes)
-        (data,) = self.ref.call_for("read", (self._start, stop)).buffers
-        memoryview(self.bytes)[:] = data  # it must not be resized
-        self._fetched = data
-
-    def send(self) -> None:
-        """Send what has changed here: there, others may have changed the rest meanwhile.
-
-        Raises:
-            PeerDied: the process that serves them is gone.
-        """
-        ranges, data = [], bytearray()
-        for start, stop in self._changes():
-            ranges.append((self._start + start, self._start + stop))
-            data += self.bytes[start:stop]
-        self._fetched = b""
-        if ranges:
-            self.ref.call("write", ranges, buffers=[data])
-
-    def _changes(self) -> Iterator[tuple[int, int]]:
-        if not self._fetched or self.bytes == self._fetched:
-            return  # nothing was fetched, or nothing has changed
-        item = self._item
-        chunk = max(_CHUNK // item, 1) * item
-        for at in range(0, len(self.bytes), chunk):
-            here, there = self.bytes[at : at + chunk], self._fetched[at : at + chunk]
-            if here != there:
-                differences = (_number(here) ^ _number(there)).to_bytes(len(here), "little")
-                # Not 0 where any byte of the item differs.
-                parts = [_number(differences[i::item]) for i in range(item)]
-                marks = functools.reduce(operator.or_, parts).to_bytes(len(here) // item, "little")
-                for run in re.finditer(rb"[^\0]+", marks):
-                    yield at + run.start() * item, at + run.end() * item
-
-
-def _number(data: bytes | bytearray) -> int:
-    return int.from_bytes(data, "little")
-
-
-_copies: weakref.WeakValueDictionary[tuple[str, int], _Copy] = weakref.WeakValueDictionary()
-
-
-def _after_fork() -> None:
-    for copy in list(_copies.values()):
-        copy.depth = 0  # it is the parent who has the lock
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _copy_of(wrapper: BufferWrapper, arena: Unmapped, source: tuple[str, int], item: int) -> _Copy:
-    """Return this process's copy of a block.
-
-    Args:
-        wrapper: of the block.
-        arena: where it is.
-        source: of a reference to that: address and number.
-        item: see `_Copy`.
-    """
-    ref = lookup(Ref, *source)
-    key = arena.key, wrapper.place[0]
-    copy = _copies.get(key)
-    if copy is None:
-        copy = _copies.setdefault(key, _Copy(ref, wrapper, item))
-    elif not copy.ref.way.works:
-        copy.ref = ref
-    if not ref.loop.held:
-        with contextlib.suppress(PeerDied):  # whoever uses it will be told
-            ref.cast("hold", arena.ticket)
-    return copy
-
-
-class _CopyLock:
-    """A lock of which the acquisition fetches a copy's bytes, and the release sends them back."""
-
-    def __init__(self, lock: Any, copy: _Copy) -> None:
-        from fiber.synchronize import Lock, Semaphore
-
-        self._lock = lock
-        self._copy = copy
-        self._recursive = not isinstance(lock, (Lock, Semaphore))
-
-    def acquire(self, *args: Any, **kwargs: Any) -> Any:
-        """As the lock's.
-
-        Raises:
-            PeerDied: the process is gone that the lock lives in, or that serves the bytes.
-        """
-        acquired = self._lock.acquire(*args, **kwargs)
-        if acquired:
-            copy = self._copy
-            if copy.depth == 0 or not self._recursive:
-                copy.depth = 0
-                try:
-                    copy.fetch()
-                except BaseException:
-                    self._lock.release()
-                    raise
-            copy.depth += 1
-            copy.owner = get_ident()
-        return acquired
-
-    def release(self) -> None:
-        """As the lock's."""
-        copy = self._copy
-        try:
-            # Another thread's recursive lock will not be released, but raise an error.
-            if copy.depth and (copy.owner == get_ident() or not self._recursive):
-                copy.depth -= 1
-                if copy.depth == 0:
-                    copy.send()
-        finally:
-            self._lock.release()
-
-    def __enter__(self) -> Any:
-        return self.acquire()
-
-    def __exit__(self, *args: object) -> None:
-        self.release()
-
-    @property
-    def _ref(self) -> _CopyLockRef:
-        """What a condition of this lock waits with."""
-        return _CopyLockRef(self._lock._ref, self._copy)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lock, name)
-
-    def __repr__(self) -> str:
-        return repr(self._lock)
-
-    def __reduce__(self) -> Any:
-        return _itself, (self._lock,)
-
-
-def _itself(lock: Any) -> Any:
-    """What such a lock is in another process."""
-    return lock
-
-
-class _CopyLockRef:
-    """The reference to such a lock: while it waits, others have the lock, and change the bytes."""
-
-    def __init__(self, ref: Any, copy: _Copy) -> None:
-        self._ref = ref
-        self._copy = copy
-
-    def wait(self, condition: int, seconds: float | None) -> Any:
-        """As the reference's."""
-        copy = self._copy
-        depth, copy.depth = copy.depth, 0
-        if depth:
-            copy.send()
-        try:
-            return self._ref.wait(condition, seconds)
-        finally:
-            if depth:
-                copy.depth, copy.owner = depth, get_ident()
-                copy.fetch()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ref, name)
-
-
-def _guard(lock: Any, copy: _Copy) -> Any:
-    """Return `lock` as one that keeps a copy right; conditions are locks too."""
-    from fiber.synchronize import Condition
-
-    if isinstance(lock, Condition):
-        guarded = Condition(_guard(lock._lock, copy))
-        guarded._id = lock._id
-        return guarded
-    if isinstance(lock, _CopyLock) and lock._copy is copy:
-        return lock
-    return _CopyLock(lock, copy)
-
-
 # With locks ------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -472,7 +246,7 @@ else:
         def __init__(self, obj, lock=None, ctx=None):
             lock = lock or _new_lock(ctx)
             copy = getattr(obj, "_copy", None)
-            super().__init__(obj, lock if copy is None else _guard(lock, copy), ctx)
+            super().__init__(obj, lock if copy is None else guard(lock, copy), ctx)
 
         def get_obj(self):
             """Return the ctypes object; where it is a copy, it is right while the lock is held."""
@@ -510,7 +284,7 @@ def _rebuild_synchronized(
     if not isinstance(arena, Unmapped):
         return synchronized(_rebuild(type_, lengths, wrapper), lock)
     item = ctypes.sizeof(type_) if issubclass(type_, ctypes._SimpleCData) else 1
-    copy = _copy_of(wrapper, arena, source, item)
+    copy = copy_of(wrapper, arena, source, item)
     obj = _place(_array_type(type_, lengths), wrapper, copy.bytes)
     obj._copy = copy
     return synchronized(obj, lock)

@@ -3,7 +3,7 @@
     a copy of its bytes, elsewhere ── read, write ──► ServedMemory ─► the file, mapped here
 
 Who is in another container, or on another host, fetches the bytes when it has acquired the lock
-that guards them, and sends back what it has changed before it releases it: see `sharedctypes`.
+that guards them, and sends back what it has changed before it releases it: see `copies`.
 """
 
 from __future__ import annotations

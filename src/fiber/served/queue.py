@@ -8,7 +8,7 @@ in memory that it shares with the home (`Client.counts`), so that the count is r
 process is killed between two instructions.
 
 A process that takes items quickly is granted several at a time, ahead of its asking. If others ask
-meanwhile, they wait until it has taken these, or until its turn is over, a millisecond later: then
+meanwhile, they wait until it has taken these, or until its turn is over, 2 ms after it began: then
 those that it has not taken are recalled. So all items are taken in the order in which they were
 put. To recall them is to lower a limit, in that memory, beyond which the process may not count:
 first it raises its count, then it looks at the limit; we first lower the limit, then look at the
@@ -40,7 +40,7 @@ PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
-_TURN = 0.001  # seconds that a process may take what it was granted ahead while others wait
+_TURN = 0.002  # seconds that a process may take what it was granted ahead while others wait
 _GRANT = 1 << 17  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
