@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fiber import sharedctypes
+from fiber import copies
 from fiber.shared_memory import SharedMemory
 from fiber.sharedctypes import RawArray, RawValue, Value
 
@@ -281,7 +281,7 @@ def let_go() -> int:
     """Drop what was made and kept; return how many copies are left."""
     made.clear()
     gc.collect()
-    return len(sharedctypes._copies)
+    return len(copies._copies)
 
 
 def make_and_wait(way: Any, used: Any, lock: Any) -> None:
@@ -332,5 +332,5 @@ def set_count(cell: Any, count: int) -> None:
 def count() -> int:
     """Return how many objects the collector knows."""
     gc.collect()
-    assert len(sharedctypes._copies) == 0
+    assert len(copies._copies) == 0
     return len(gc.get_objects())

@@ -21,7 +21,7 @@ import pytest
 from tests.shared import targets
 
 import fiber
-from fiber import heap, sharedctypes
+from fiber import copies, heap
 from fiber.runtime import session
 from fiber.sharedctypes import Array, RawArray, RawValue, Value
 
@@ -283,7 +283,7 @@ def test_changes(size: int) -> None:
     for length in (1, 7, 50_000):
         array = Array(kind, length)
         wrapper = array.get_obj()._wrapper
-        copy = sharedctypes._Copy(wrapper.arena.ref(), wrapper, size)
+        copy = copies.Copy(wrapper.arena.ref(), wrapper, size)
         for changed in (0, 1, 5, length):
             copy.fetch()
             for index in numbers.sample(range(length), min(changed, length)):
