@@ -38,7 +38,7 @@ from fiber.wire.framing import Frame, FrameError
 __all__ = ["Event", "Link", "Loop", "Timer"]
 
 
-_DOZE = 0.005  # seconds after which the background thread takes over from threads that left
+_DOZE = 0.0005  # seconds after which the background thread takes over from threads that left
 
 
 class _Sleeper:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import islice
 from time import monotonic
 from typing import Any
 
@@ -44,7 +45,8 @@ _TURN = 0.002  # seconds that a process may take what it was granted ahead while
 _GRANT = 1 << 17  # bytes of items that are granted ahead
 _SIZED = frozenset({bytearray, bytes, str})
 _ALONE = frozenset({list, Block})  # an item of these travels alone
-_SMALL = 32  # bytes: about what any other item takes
+_LIGHT = frozenset({int, float, bool, tuple, type(None)})  # any other is one of these,
+_SMALL = 32  # and takes about so many bytes
 
 
 class _Lease:
@@ -395,15 +397,19 @@ class ServedQueue(Served):
         if lease is None or type(last[0]) in _ALONE:
             return
         size = 0
-        while len(last) < most and self.items:
-            item = self.items[0]
-            kind = type(item)
-            if kind in _ALONE:
-                break
-            size += len(item) if kind in _SIZED else _SMALL
-            if size > _GRANT:
-                break
-            last.append(self.items.popleft())
+        next_items = list(islice(self.items, most - len(last)))
+        if _LIGHT.issuperset(map(type, next_items)):  # as they most often are
+            del next_items[_GRANT // _SMALL :]
+        else:
+            for count, item in enumerate(next_items):
+                kind = type(item)
+                size += len(item) if kind in _SIZED else _SMALL
+                if kind in _ALONE or size > _GRANT:
+                    del next_items[count:]
+                    break
+        for item in next_items:
+            last.append(item)
+            self.items.popleft()
         if len(last) > 1:
             self.ahead = lease
             lease.until = monotonic() + _TURN

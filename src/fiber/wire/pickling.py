@@ -45,7 +45,7 @@ SIZED = frozenset({bytes, str})
 _FIXED = PLAIN - SIZED
 _CONTAINERS = frozenset({tuple, list, dict})
 _FEW = 8  # values in a container, and each of
-_SHORT = 256  # bytes at the most, to be flat
+_SHORT = 64  # bytes at the most, to be flat
 
 _REFUSALS = (pickle.PickleError, TypeError, AttributeError, NotImplementedError, RecursionError)
 """What is raised where something cannot be pickled."""
