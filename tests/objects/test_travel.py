@@ -356,6 +356,22 @@ assert back.empty() and q.empty()
 """)
 
 
+def test_what_a_fork_puts_at_its_end(forking: Callable[[str], None]) -> None:
+    """The last of a burst is kept back for others to go with it: it is sent nevertheless."""
+    forking("""
+q, other = fiber.Queue(), fiber.Queue()
+def work(me):
+    for number in range(50):
+        q.put((me, number))
+        other.put((me, number))
+for me in range(10):
+    well(fork(work, me, leave=sys.exit))
+for each in (q, other):
+    got = [each.get(timeout=5) for _ in range(500)]
+    assert got == [(me, number) for me in range(10) for number in range(50)]
+""")
+
+
 def test_forks_and_their_parent_share_the_work(forking: Callable[[str], None]) -> None:
     forking("""
 q, back, lock = fiber.Queue(), fiber.Queue(), fiber.Lock()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.poller import READ
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
 
@@ -615,6 +616,34 @@ def test_a_peer_that_goes_is_told_once(echo: Echo) -> None:
     with echo.loop:
         echo.near.post(1, b"into the void")
     assert echo.lost == ["near"]
+
+
+def test_a_descriptor_that_another_handler_has_closed_is_not_ready_any_more(loop: Loop) -> None:
+    """Both are ready at once: whichever is handled first closes the other."""
+    ends = [os.pipe(), os.pipe()]
+    called: list[int] = []
+    both = Event()
+
+    def handler(me: int) -> Callable[[int], None]:
+        def handle(events: int) -> None:
+            called.append(me)
+            for reader, _ in ends:
+                loop.unregister(reader)
+            both.set()
+
+        return handle
+
+    for _, writer in ends:
+        os.write(writer, b"x")
+    with loop:
+        for me, (reader, _) in enumerate(ends):
+            loop.register(reader, READ, handler(me))
+        loop.wait_within(both)
+    assert loop.wait(both, PATIENCE)
+    for fd in (*ends[0], *ends[1]):
+        os.close(fd)
+    assert len(called) == 1
+    assert not loop.failed
 
 
 def test_frames_keep_their_order_when_a_handler_drains_its_own_link(loop: Loop) -> None:

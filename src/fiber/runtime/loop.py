@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from fiber.runtime.logs import ERROR, log
-from fiber.runtime.poller import READ, WRITE, Poller
+from fiber.runtime.poller import READ, WRITE, Poller, Ready
 from fiber.runtime.signals import Deferral
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame, FrameError
@@ -333,6 +333,11 @@ class Loop:
         """Have `call` run in `seconds`."""
         return self.call_at(monotonic() + seconds, call)
 
+    def run_calls(self) -> None:
+        """Run what `call_soon` was given."""
+        while self._calls:
+            self._calls.popleft()()
+
     def send_soon(self, link: Link) -> None:
         """Have the outbox of `link` sent at the end of this turn."""
         self._unsent.append(link)
@@ -400,10 +405,11 @@ class Loop:
             due = max(0.0, self._timers[0][0] - monotonic())
             timeout = due if timeout is None else min(timeout, due)
         try:
-            for handler, events in self._poll(timeout):
-                handler(events)
-            while self._calls:
-                self._calls.popleft()()
+            for fd, handler, events in self._poll(timeout):
+                # Another thread, or a handler before this one, may have unregistered it meanwhile.
+                if self._poller.calls(fd, handler):
+                    handler(events)
+            self.run_calls()
             if self._timers:
                 self._run_timers()
             self._flush()
@@ -414,7 +420,7 @@ class Loop:
                 sleeper.wake()
             raise
 
-    def _poll(self, timeout: float | None) -> list[tuple[Callable[[int], Any], int]]:
+    def _poll(self, timeout: float | None) -> list[Ready]:
         """Wait until something is ready; this alone is done without the lock."""
         self._polling = True
         holder, self._holder = self._holder, None

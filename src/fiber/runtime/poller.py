@@ -16,12 +16,15 @@ from typing import Any
 
 from fiber.resources import cpu_count
 
-__all__ = ["READ", "WRITE", "Patience", "Poller"]
+__all__ = ["READ", "WRITE", "Patience", "Poller", "Ready"]
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
 Handler = Callable[[int], Any]
+
+Ready = tuple[int, Handler, int]
+"""A descriptor, its handler, and what it is ready for."""
 
 _SECONDS = 100e-6  # of looking before sleeping
 _LONGEST = 86400.0  # seconds: epoll counts milliseconds in an int, and who waits asks again
@@ -88,15 +91,15 @@ class Poller:
         else:
             self._epoll.unregister(fd)
 
-    def wait(self, timeout: float | None) -> list[tuple[Handler, int]]:
-        """Return handlers and events of what is ready, after `timeout` seconds at the most."""
+    def wait(self, timeout: float | None) -> list[Ready]:
+        """Return what is ready, after `timeout` seconds at the most."""
         if timeout is not None:
             if timeout <= _SECONDS:
                 return self._poll(timeout)
             timeout = min(timeout, _LONGEST)
         patience = self._patience
         patience.begin()
-        ready: list[tuple[Handler, int]] = []
+        ready: list[Ready] = []
         while not ready and patience.looks and patience.lasts():
             ready = self._poll(0)
             if not ready:
@@ -106,17 +109,23 @@ class Poller:
         patience.end()
         return ready
 
-    def _poll(self, timeout: float | None) -> list[tuple[Handler, int]]:
+    def _poll(self, timeout: float | None) -> list[Ready]:
         # A descriptor may be unregistered by another thread while this one waits.
         handlers = self._handlers
         if self._selector is not None:
             keys = self._selector.select(timeout)
-            return [(handlers[key.fd], events) for key, events in keys if key.fd in handlers]
+            return [
+                (key.fd, handlers[key.fd], events) for key, events in keys if key.fd in handlers
+            ]
         return [
-            (handlers[fd], _from_epoll(events))
+            (fd, handlers[fd], _from_epoll(events))
             for fd, events in self._epoll.poll(timeout, _EVENTS)
             if fd in handlers
         ]
+
+    def calls(self, fd: int, handler: Handler) -> bool:
+        """Whether `handler` is still the one for `fd`."""
+        return self._handlers.get(fd) is handler
 
     def descriptors(self) -> list[int]:
         """Return what is watched."""

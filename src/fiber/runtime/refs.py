@@ -351,6 +351,7 @@ class Ref:
                 self.renew()
             self._session = session
             self._way = session.way(self.address)
+            session.users.add(self)
         assert self._way is not None
         return self._way
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Container, Iterator, Sequence
 from multiprocessing.process import current_process
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from fiber.backends import registry
 from fiber.backends.base import JobSpec
@@ -70,6 +70,8 @@ class Session:
         self._ways: dict[str, Way] = {}
         self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
         """References to served objects that this process has, by address and identity."""
+        self.users: WeakSet[Ref] = WeakSet()
+        """Those that were used; in a child of `os.fork` its parent's as well."""
         self._closing = False
 
     @property
@@ -291,7 +293,8 @@ class Session:
     def _send_all(self) -> None:
         """See that all is on its way that this process has for others."""
         with self.loop:
-            for ref in list(self.refs.values()):
+            self.loop.run_calls()  # finalizers of references, which may have something to send
+            for ref in list(self.users):
                 try:
                     ref.finish()
                 except PeerDied as error:
