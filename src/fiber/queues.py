@@ -3,8 +3,8 @@
     Queue.put, get ─► QueueRef (fiber.queue_ref) ─► the home of the queue (fiber.served.queue)
 
 The interface is `multiprocessing.queues`'. A queue lives in the process that made it and can be
-pickled into any other. There is no feeder thread: what cannot be pickled raises in `put`. A burst of
-small items is sent together; if its thread turns to something else, the last follow after a few
+pickled into any other. There is no feeder thread: what cannot be pickled raises in `put`. A burst
+of small items is sent together; if its thread turns to something else, the last follow after a few
 milliseconds.
 
 No item is lost with a process that dies while it puts or gets: what was not taken whole goes to the
