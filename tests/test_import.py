@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 LIMIT_MS = 60
-ROUNDS = 7
+ROUNDS = 60
 HEAVY = {"docker", "google", "kubernetes", "matplotlib", "numpy", "pandas", "rich", "torch"}
 
 
@@ -30,12 +30,16 @@ def run(code: str, pycache: Path) -> str:
 
 def test_import_is_quick(tmp_path: Path) -> None:
     # From the start of the program proper, so that the interpreter's own start is not in it. The
-    # best of some rounds: a busy machine only ever adds to it. The first round compiles.
+    # best of many rounds: a busy machine only ever adds to it, and does so for seconds at a time.
+    # The first round compiles.
     code = (
         "import time; start = time.perf_counter(); import fiber\n"
         "print((time.perf_counter() - start) * 1000)"
     )
-    times = [float(run(code, tmp_path)) for _ in range(1 + ROUNDS)][1:]
+    run(code, tmp_path)
+    times = [float(run(code, tmp_path))]
+    while min(times) >= LIMIT_MS and len(times) < ROUNDS:
+        times.append(float(run(code, tmp_path)))
     assert min(times) < LIMIT_MS, f"import fiber took {sorted(times)} ms"
 
 

@@ -24,7 +24,6 @@ from fiber.errors import StartError
 from fiber.resources import Resources, gpu_environment, meta_of
 from fiber.runtime import main, session
 from fiber.runtime.agents import Child
-from fiber.runtime.descriptors import Descriptor, DupFd
 from fiber.wire.pickling import dumps
 
 __all__ = ["Popen", "Process", "active_children", "current_process", "parent_process"]
@@ -147,7 +146,6 @@ class Popen:
     """The life of one started process, as `BaseProcess` wants to see it."""
 
     method = "fiber"
-    DupFd = DupFd
 
     def __init__(self, process: Process) -> None:
         self._sentinel: tuple[int, int] | None = None
@@ -157,7 +155,7 @@ class Popen:
         cpu = resources.cpu or config.cpu_per_job
         agent = self._session.agent(process._backend or registry.chosen(), cpu)
         self._takes_fds = agent.takes_fds
-        self._fds: list[Descriptor] = []
+        self._fds: list[Any] = []  # of `Descriptor`
         try:
             with session.handing() as handed:
                 data = pickle_process(process, self, agent.names)
@@ -257,8 +255,17 @@ class Popen:
                 "an object that holds a file descriptor cannot be passed to a process of another "
                 "machine"
             )
+        from fiber.runtime.descriptors import Descriptor
+
         self._fds.append(Descriptor.duplicate(fd))
         return len(self._fds) - 1
+
+    @staticmethod
+    def DupFd(place: int) -> Any:
+        """Return what stands for a descriptor that goes along, as multiprocessing asks for it."""
+        from fiber.runtime.descriptors import DupFd
+
+        return DupFd(place)
 
     def close(self) -> None:
         """Free what is held for the process."""

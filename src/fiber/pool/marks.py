@@ -10,7 +10,6 @@ from the first death on, workers that run items one by one mark when they do.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 
 __all__ = ["IDLE", "Marks", "map_mark"]
@@ -33,6 +32,8 @@ class Marks:
     """
 
     def __init__(self, folder: str) -> None:
+        import mmap  # not needed to import Fiber
+
         self.path = os.path.join(folder, f"{os.getpid()}-{os.urandom(4).hex()}.marks")
         with open(self.path, "x+b") as file:
             file.truncate(_SIZE)
@@ -60,6 +61,8 @@ class Marks:
 
 def map_mark(path: str, place: int) -> memoryview:
     """Return, in a worker, its mark as the only item of a sequence."""
+    import mmap
+
     with open(path, "r+b") as file:
         mark = memoryview(mmap.mmap(file.fileno(), _SIZE)).cast("Q")[place : place + 1]
     mark[0] = IDLE

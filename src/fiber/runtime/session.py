@@ -33,7 +33,6 @@ from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
-from fiber.wire.blocks import Blocks, Reader
 from fiber.wire.channel import Channel
 
 if TYPE_CHECKING:
@@ -53,6 +52,10 @@ class Session:
     """
 
     def __init__(self, secret: bytes, folder: str | None = None) -> None:
+        # Not needed to import Fiber. The first has pickles carry file descriptors from now on.
+        import fiber.runtime.descriptors  # noqa: F401
+        from fiber.wire.blocks import Blocks, Reader
+
         self.secret = secret
         self.loop = Loop()
         self._folder = folder
