@@ -1,10 +1,15 @@
 """The protocol between Fiber and whatever starts its jobs.
 
-    JobSpec ─► Backend.submit ─► Job ─► status, terminate, kill ─► JobStatus
+    JobSpec ─► Backend.submit ─► Job ─► status, wait, logs ─► JobStatus
+                                    └─► terminate, kill
 
 A job is what the backend's manager runs: a process of this machine, a container, a pod. In it runs
 Fiber's agent, which forks the processes that the user started. A backend knows commands,
-environments and resources; it knows no socket, no pool and no pickle.
+environments and resources; it knows no pool and no pickle.
+
+Every call takes many jobs, for a manager is asked once and not once for each. Calls may block while
+the manager answers, so Fiber makes them from a thread of its own; they may come from several
+threads at once.
 """
 
 from __future__ import annotations
@@ -15,7 +20,21 @@ from typing import NamedTuple, Protocol
 
 from fiber.resources import Resources
 
-__all__ = ["Backend", "Job", "JobSpec", "JobState", "JobStatus"]
+__all__ = [
+    "BLAMELESS",
+    "SECRET_FILE",
+    "Backend",
+    "Job",
+    "JobSpec",
+    "JobState",
+    "JobStatus",
+]
+
+SECRET_FILE = "FIBER_INTERNAL_SECRET_FILE"
+"""The variable by which a backend tells a job in which file its secret is."""
+
+BLAMELESS = frozenset({"Deleted", "Evicted", "NodeLost", "Preempted", "Requeued", "Shutdown"})
+"""Reasons for a job's end that its own work has nothing to do with: no task is charged for them."""
 
 
 class JobState(enum.Enum):
@@ -38,8 +57,8 @@ class JobStatus(NamedTuple):
         state: where it is.
         exit_code: of its command, negative for a signal; None while it runs or if nobody knows.
         reason: one word for why it is there (`OOMKilled`, `Unschedulable`), empty if there is none.
-        node: the machine that it runs on.
-        message: a sentence for people, perhaps with the last lines of its log.
+        node: the machine that it runs on, empty if there is no other than this one.
+        message: a sentence for people that says more than the reason, and what to do.
     """
 
     state: JobState
@@ -55,14 +74,20 @@ class JobSpec(NamedTuple):
     Attributes:
         name: for people, need not be unique.
         command: program and arguments; nothing secret.
-        environment: the whole environment of the command.
+        environment: variables of the command, added to those that it has anyway where it runs; on
+            the local backend the whole environment. Nothing secret.
         resources: what it asks for.
+        session: identifies the session that it belongs to, for labels; letters, digits and dashes.
+        secret: what only the job may know; the backend puts it into a file that nobody else can
+            read and names the file in the variable `SECRET_FILE`. Empty if there is none.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
     resources: Resources
+    session: str = ""
+    secret: bytes = b""
 
 
 class Job(Protocol):
@@ -70,22 +95,61 @@ class Job(Protocol):
 
     @property
     def id(self) -> str:
-        """What the manager calls it."""
+        """What the manager calls it: the name of a container or pod, a process ID."""
 
 
 class Backend(Protocol):
-    """Starts jobs and says how they are. Calls return quickly; none waits for a job."""
+    """Starts jobs and says how they are.
+
+    Attributes:
+        name: what configuration and contexts call it.
+        elsewhere: whether its jobs run apart from this process, so that they see neither its files
+            nor its sockets, and get Fiber, the program and the secret from its master.
+        python: the command that runs Python in a job.
+    """
 
     name: str
+    elsewhere: bool
+    python: Sequence[str]
 
     def submit(self, specs: Sequence[JobSpec]) -> Sequence[Job]:
-        """Start a job for each spec, in one call; raises `StartError` if they cannot be."""
+        """Start a job for each spec, in one call, and return them in their order.
 
-    def status(self, job: Job) -> JobStatus:
-        """Return how `job` is now."""
+        What the manager refuses for now (a quota, an outage) is tried again: the job is pending
+        until then, and its status says why.
 
-    def terminate(self, job: Job) -> None:
-        """Ask `job` to end; one that has ended is left alone."""
+        Raises:
+            StartError: they cannot be started; the message says why and what to do. None of them
+                is left behind.
+        """
 
-    def kill(self, job: Job) -> None:
-        """End `job` at once; one that has ended is left alone."""
+    def status(self, jobs: Sequence[Job]) -> Sequence[JobStatus]:
+        """Return how `jobs` are, in their order, as far as is known now."""
+
+    def wait(self, jobs: Sequence[Job], timeout: float) -> Sequence[JobStatus]:
+        """Wait until one of `jobs` has ended, at most `timeout` seconds; return how they are."""
+
+    def terminate(self, jobs: Sequence[Job]) -> None:
+        """Ask `jobs` to end, as by SIGTERM; those that have ended are left alone."""
+
+    def kill(self, jobs: Sequence[Job]) -> None:
+        """End `jobs` at once, and remove what the manager keeps of them; none need be there.
+
+        Their statuses can still be asked for.
+        """
+
+    def logs(self, job: Job, lines: int = 20) -> str:
+        """Return the last lines that `job` wrote, empty if it wrote none or nobody knows."""
+
+    def addresses(self, port: int) -> Sequence[str]:
+        """Return where jobs reach what listens on `port` of this process, as HOST:PORT.
+
+        Jobs try them in turn, so the best comes first. It may take seconds, and start what is
+        needed for it.
+
+        Raises:
+            StartError: there is no way; the message says why and what to do.
+        """
+
+    def close(self) -> None:
+        """The session has ended: remove all that the manager still has of it."""

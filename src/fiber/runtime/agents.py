@@ -162,14 +162,14 @@ class Agent:
         def look() -> None:
             """See whether the job ended, or time ran out, before the agent was ready."""
             assert self.job is not None
-            status = backend.status(self.job)
+            (status,) = backend.status([self.job])
             if status.state is JobState.ENDED:
                 phase = "before it connected" if self._link is None else "while it loaded __main__"
                 detail = " ".join(filter(None, [status.reason, status.message]))
                 code = status.exit_code if status.exit_code is not None else "unknown"
                 self._fail(f"ended {phase}, exit code {code}{': ' + detail if detail else ''}")
             elif monotonic() > deadline:
-                backend.kill(self.job)
+                backend.kill([self.job])
                 self._fail(f"was not ready after {timeout:g} seconds (start_timeout)")
             else:
                 self._timer = self._loop.call_later(_LOOK_AGAIN, look)
@@ -265,8 +265,13 @@ class Agent:
         """Collect the job as soon as it has ended, so that nobody sees a zombie."""
         if self.job is None or self.backend is None:
             return
-        if self.backend.status(self.job).state is not JobState.ENDED:
+        if self._job_state() is not JobState.ENDED:
             self._loop.call_later(_LOOK_AGAIN, self._reap)
+
+    def _job_state(self) -> JobState:
+        assert self.job is not None
+        assert self.backend is not None
+        return self.backend.status([self.job])[0].state
 
     def _fail(self, error: str) -> None:
         """It is gone, and with it all that it started."""
@@ -299,9 +304,9 @@ class Agent:
             return
         deadline = monotonic() + 3
         pause = 0.001
-        while self.backend.status(self.job).state is not JobState.ENDED:
+        while self._job_state() is not JobState.ENDED:
             if monotonic() > deadline:
-                self.backend.kill(self.job)
+                self.backend.kill([self.job])
                 return
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
