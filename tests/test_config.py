@@ -13,6 +13,8 @@ import pytest
 from fiber.config import GONE, KEYS, Config, parse_memory
 from fiber.errors import ConfigError
 
+OPTIONS = {"shm_size": "1g", "dns": ["9.9.9.9"]}
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -39,7 +41,23 @@ def test_the_defaults() -> None:
         "retries": 2,
         "imap_buffer": 4,
         "imap_buffer_mb": 64,
+        "workers_per_job": 1,
         "start_timeout": 60.0,
+        "queue_timeout": None,
+        "address": None,
+        "docker_network": None,
+        "docker_mounts": [],
+        "docker_environment": {},
+        "docker_workdir": None,
+        "docker_user": None,
+        "docker_options": {},
+        "kubernetes_namespace": None,
+        "kubernetes_context": None,
+        "kubernetes_service_account": None,
+        "kubernetes_gpu_resource": "nvidia.com/gpu",
+        "kubernetes_template": None,
+        "kubernetes_relay": "auto",
+        "kubernetes_pull_policy": None,
     }
     assert Config().source("retries") == "default"
 
@@ -113,6 +131,29 @@ def test_init_sets_all_or_nothing() -> None:
         ("retries", "0", 0),
         ("imap_buffer_mb", "1", 1),
         ("start_timeout", "0.5", 0.5),
+        ("workers_per_job", "16", 16),
+        ("queue_timeout", "", None),
+        ("queue_timeout", "3600", 3600.0),
+        ("address", "master.example.org:7000", "master.example.org:7000"),
+        ("address", "10.0.0.1", "10.0.0.1"),
+        ("address", "[fd00::1]:7000", "[fd00::1]:7000"),
+        ("address", "fd00::1", "fd00::1"),
+        ("docker_network", "jobs", "jobs"),
+        ("docker_mounts", "/data:/data:ro, cache:/c,", ["/data:/data:ro", "cache:/c"]),
+        ("docker_mounts", "", []),
+        ("docker_environment", "A=1, B=x=y,C=", {"A": "1", "B": "x=y", "C": ""}),
+        ("docker_environment", '{"A": "1,2"}', {"A": "1,2"}),
+        ("docker_environment", "", {}),
+        ("docker_workdir", "/srv", "/srv"),
+        ("docker_user", "1000:100", "1000:100"),
+        ("docker_options", '{"shm_size": "1g", "dns": ["9.9.9.9"]}', OPTIONS),
+        ("docker_options", "", {}),
+        ("kubernetes_namespace", "team", "team"),
+        ("kubernetes_template", "pod.yaml", "pod.yaml"),
+        ("kubernetes_template", '{"spec": {"priority": 1}}', {"spec": {"priority": 1}}),
+        ("kubernetes_relay", "Never", "never"),
+        ("kubernetes_pull_policy", "ifnotpresent", "IfNotPresent"),
+        ("kubernetes_pull_policy", "", None),
     ],
 )
 def test_text_becomes_a_typed_value(
@@ -151,6 +192,40 @@ def test_text_becomes_a_typed_value(
         ("start_timeout", "nan"),
         ("start_timeout", "inf"),
         ("start_timeout", []),
+        ("workers_per_job", 0),
+        ("queue_timeout", 0),
+        ("address", "http://host"),
+        ("address", "host:"),
+        ("address", "host:0"),
+        ("address", "host:port"),
+        ("address", "host:65536"),
+        ("address", ":7000"),
+        ("address", "[fd00::1"),
+        ("address", "[fd00::1]7000"),
+        ("address", "a host"),
+        ("docker_mounts", "/data"),
+        ("docker_mounts", "/data:data"),
+        ("docker_mounts", ["/data:/data:rx"]),
+        ("docker_mounts", [":/data"]),
+        ("docker_mounts", {"/data": "/data"}),
+        ("docker_mounts", None),
+        ("docker_environment", "A"),
+        ("docker_environment", "=1"),
+        ("docker_environment", "{"),
+        ("docker_environment", ["A=1"]),
+        ("docker_environment", {"A": None}),
+        ("docker_environment", {"A=B": "1"}),
+        ("docker_workdir", "srv"),
+        ("docker_user", 1.5),
+        ("docker_options", "shm_size=1g"),
+        ("docker_options", "[1]"),
+        ("docker_options", {"init": object}),
+        ("docker_options", {1: 2}),
+        ("kubernetes_gpu_resource", None),
+        ("kubernetes_template", ["pod.yaml"]),
+        ("kubernetes_relay", "sometimes"),
+        ("kubernetes_relay", None),
+        ("kubernetes_pull_policy", "sometimes"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_valid(key: str, given: object) -> None:
@@ -184,7 +259,7 @@ def test_unknown_keys_of_each_source(folder: Path, monkeypatch: pytest.MonkeyPat
         ConfigError, match=r"'imap_bufer' \(from code\): did you mean 'imap_buffer'"
     ):
         Config().init(imap_bufer=3)
-    with pytest.raises(ConfigError, match=r"The keys are backend, .*start_timeout\."):
+    with pytest.raises(ConfigError, match=r"the keys are backend, .*start_timeout, .*\."):
         Config().init(zzz=3)
     monkeypatch.setenv("FIBER_RETRY", "3")
     with pytest.raises(ConfigError, match="FIBER_RETRY in the environment.*did you mean 'retries'"):
@@ -226,9 +301,14 @@ def test_a_key_of_the_old_fiber_says_why_it_is_gone(
 
 @pytest.mark.parametrize("head", ["", "[default]\n", "\ufeff", "; old\n[DEFAULT]\n\n"])
 def test_the_file_with_and_without_its_section(head: str, folder: Path) -> None:
-    write(folder, f"{head}# a comment\nBackend = docker\n  image=a/b:1\n; debug = yes\nretries : 1")
+    write(
+        folder,
+        f"{head}# a comment\nBackend = docker\n  image=a/b:1\n; debug = yes\nretries : 1\n"
+        "docker_environment: A=1",
+    )
     config = Config()
     assert (config.backend, config.image, config.retries) == ("docker", "a/b:1", 1)
+    assert config.docker_environment == {"A": "1"}
     assert config.debug is False
 
 
@@ -289,6 +369,41 @@ def test_a_child_adopts_its_parents_values(folder: Path, monkeypatch: pytest.Mon
     assert child.as_dict() == {**parent.as_dict(), "retries": 4}
     child.reset()
     assert child.as_dict() == parent.as_dict()
+
+
+def test_lists_and_dicts_go_to_children_whatever_they_were_made_of(folder: Path) -> None:
+    class Mount(dict[str, object]):
+        """As the types of Docker's SDK, which a child may not have."""
+
+    parent = Config()
+    parent.init(
+        docker_mounts=("./data:/data", "~:/home/me:ro"),
+        docker_environment={"THREADS": 2},
+        docker_options={"mounts": [Mount(Target="/x")], "sizes": (1, 2)},
+        kubernetes_template={"spec": {"containers": [{"name": "fiber"}]}},
+    )
+    assert parent.docker_mounts == [f"{folder}/data:/data", f"{Path.home()}:/home/me:ro"]
+    assert parent.docker_environment == {"THREADS": "2"}
+    data = pickle.dumps(parent.as_dict())
+    assert b"Mount" not in data
+    child = Config()
+    child.adopt(pickle.loads(data))
+    assert child.as_dict() == parent.as_dict()
+    assert child.docker_options == {"mounts": [{"Target": "/x"}], "sizes": [1, 2]}
+
+
+def test_a_dict_that_was_read_is_a_copy() -> None:
+    config = Config()
+    config.docker_environment["A"] = "unchecked"
+    config.docker_mounts.append("unchecked")
+    template = {"spec": {"containers": [{"name": "a"}]}}
+    config.kubernetes_template = template
+    template["spec"]["containers"][0]["name"] = "b"
+    config.kubernetes_template["spec"]["containers"][0]["name"] = "c"
+    config.as_dict()["kubernetes_template"]["spec"].clear()
+    assert config.kubernetes_template == {"spec": {"containers": [{"name": "a"}]}}
+    assert (config.docker_environment, config.docker_mounts) == ({}, [])
+    assert (Config().docker_environment, Config().docker_mounts) == ({}, [])
 
 
 def test_reading_what_is_no_key() -> None:

@@ -5,8 +5,8 @@
 
 The keys stand in one table, the class `Config`. A value from code is kept apart from those that
 were read, so that `reset` need only forget it. Whatever its source, a value passes through the
-parser of its key at once; one that does not fit raises `ConfigError`. A child process reads neither
-file nor environment: it adopts the values of its parent.
+parser of its key (see `parsers`) at once; one that does not fit raises `ConfigError`. A child
+process reads neither file nor environment: it adopts the values of its parent.
 
 A leaf: every process of a session imports this module, so it stays small and quick to import.
 """
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from operator import index
 from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar, overload
 
+from fiber import parsers
 from fiber.errors import ConfigError
+from fiber.parsers import LEVELS, MEMORY_FORMS, parse_memory
 
-__all__ = ["Config", "config", "parse_memory"]
+__all__ = ["MEMORY_FORMS", "Config", "config", "parse_memory"]
 
 T = TypeVar("T")
 
@@ -28,8 +29,6 @@ FILE: Final = ".fiberconfig"
 PREFIX: Final = "FIBER_"
 # The runtime's own variables between parent and child; never a key.
 INTERNAL_PREFIX: Final = "FIBER_INTERNAL_"
-
-LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 # Keys of Fiber 0.2 that mean nothing any more, and why.
 GONE: Final = {
@@ -42,94 +41,12 @@ GONE: Final = {
     "use_push_queue": "there is one kind of queue now; remove it",
 }
 
-# Bytes in a unit, as Kubernetes writes them: Mi is 2**20, M is 10**6.
-UNITS: Final = {
-    **{name: 1000**power for power, name in enumerate("kmgt", start=1)},
-    **{name + "b": 1000**power for power, name in enumerate("kmgt", start=1)},
-    **{name + "i": 1024**power for power, name in enumerate("kmgt", start=1)},
-    **{name + "ib": 1024**power for power, name in enumerate("kmgt", start=1)},
-}
-MEMORY_FORMS: Final = "a whole number of MB, such as 512, or text such as '512Mi', '2Gi' or '1.5G'"
-
-
-def parse_memory(value: object) -> int:
-    """The memory that `value` asks for, in MB of 2**20 bytes, rounded up.
-
-    Raises:
-        ValueError: it is none of the forms in `MEMORY_FORMS`, or less than a byte.
-    """
-    if not isinstance(value, str):
-        return _integer(1)(value)
-    text = value.strip().lower()
-    number = text.rstrip("bgikmt")
-    unit = text[len(number) :]
-    if not unit:
-        return _integer(1)(text)
-    # float() would also take "nan", "1e3" and "1_0".
-    if unit not in UNITS or not number.strip().replace(".", "", 1).isdecimal():
-        raise ValueError(value)
-    size = float(number) * UNITS[unit]
-    if size < 1:
-        raise ValueError(value)
-    return -int(-size // 2**20)
-
-
-# Parsers: from what was given to the value of the key; ValueError if it does not fit.
-
-
-def _integer(least: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if isinstance(value, bool):
-            raise ValueError(value)
-        # index() takes numpy's integers too, and refuses 2.5.
-        number = int(value) if isinstance(value, str) else index(value)  # type: ignore[arg-type]
-        if number < least:
-            raise ValueError(value)
-        return number
-
-    return parse
-
-
-def _seconds(value: object) -> float:
-    if isinstance(value, bool):
-        raise ValueError(value)
-    seconds = float(value)  # type: ignore[arg-type]
-    if not 0 < seconds < float("inf"):
-        raise ValueError(value)
-    return seconds
-
-
-def _boolean(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "yes": True, "on": True, "1": True}
-    words.update({"false": False, "no": False, "off": False, "0": False})
-    try:
-        return words[str(value).strip().lower()]
-    except KeyError:
-        raise ValueError(value) from None
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(value)
-    return value.strip()
-
-
-def _path(value: object) -> str:
-    return _text(os.fspath(value))  # type: ignore[call-overload]
-
-
-def _level(value: object) -> int:
-    if isinstance(value, str) and value.strip().lower() in LEVELS:
-        return LEVELS[value.strip().lower()]
-    return _integer(0)(value)
-
 
 class Key(Generic[T]):
     """One key: how its value is read, its default, what is valid and what it is for.
 
-    A key whose default is None also takes None, in text the empty string.
+    A key whose default is None also takes None, in text the empty string. A list or a dict is set
+    as a whole: whoever reads it gets a copy.
     """
 
     __slots__ = ("default", "doc", "name", "parse", "valid")
@@ -151,7 +68,7 @@ class Key(Generic[T]):
     def __get__(self, obj: Config | None, owner: type[Config]) -> Key[T] | T:
         if obj is None:
             return self
-        value: T = obj._lookup(self.name).value
+        value: T = _copy(obj._lookup(self.name).value)
         return value
 
     def __set__(self, obj: Config, value: object) -> None:
@@ -177,6 +94,12 @@ class Setting(NamedTuple):
     source: str
 
 
+def _copy(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copy(entry) for key, entry in value.items()}
+    return [_copy(entry) for entry in value] if type(value) is list else value
+
+
 class Config:
     """The configuration of this process; read and set the keys as attributes.
 
@@ -184,28 +107,43 @@ class Config:
     """
 
     backend = Key[str | None](
-        _text, None, "the name of a backend, such as 'local'", "Backend that starts processes."
+        parsers.text,
+        None,
+        "the name of a backend, such as 'local'",
+        "Backend that starts processes.",
     )
     default_backend = Key[str](
-        _text, "local", "the name of a backend", "Backend if none is set and none is detected."
+        parsers.text,
+        "local",
+        "the name of a backend",
+        "Backend if none is set and none is detected.",
     )
     image = Key[str | None](
-        _text, None, "the name of a container image", "Image that containers are started from."
+        parsers.text,
+        None,
+        "the name of a container image",
+        "Image that containers are started from.",
     )
     debug = Key[bool](
-        _boolean, False, "true or false (or yes, no, on, off, 1, 0)", "Help with debugging Fiber."
+        parsers.boolean,
+        False,
+        "true or false (or yes, no, on, off, 1, 0)",
+        "Help with debugging Fiber.",
     )
     log_level = Key[int](
-        _level,
+        parsers.level,
         LEVELS["warning"],
         f"one of {', '.join(LEVELS)}, or a whole number of at least 0",
         "Least level that Fiber logs.",
     )
     log_file = Key[str | None](
-        _path, None, "the path of a file, or 'stdout'", "Where Fiber's log goes; None: stderr."
+        parsers.path,
+        None,
+        "the path of a file, or 'stdout'",
+        "Where Fiber's log goes; None: stderr.",
     )
     cpu_per_job = Key[int](
-        _integer(1),
+        parsers.integer(1),
         1,
         "a whole number of at least 1",
         "CPUs that each process may use; sets the thread counts of numerical libraries.",
@@ -214,25 +152,120 @@ class Config:
         parse_memory, None, MEMORY_FORMS, "Memory that each process may use, in MB."
     )
     retries = Key[int](
-        _integer(0),
+        parsers.integer(0),
         2,
         "a whole number of at least 0",
         "How often a pool's task is run again after its worker died.",
     )
     imap_buffer = Key[int](
-        _integer(1),
+        parsers.integer(1),
         4,
         "a whole number of at least 1",
         "Items per worker that imap reads ahead of its results.",
     )
     imap_buffer_mb = Key[int](
-        _integer(1),
+        parsers.integer(1),
         64,
         "a whole number of at least 1",
         "Memory that the items read ahead by imap may take, in MB.",
     )
+    workers_per_job = Key[int](
+        parsers.integer(1),
+        1,
+        "a whole number of at least 1",
+        "How many workers of a pool share a container or pod.",
+    )
     start_timeout = Key[float](
-        _seconds, 60.0, "a number of seconds above 0", "How long a process may take to start."
+        parsers.seconds,
+        60.0,
+        "a number of seconds above 0",
+        "How long a process may take to start, from when its job runs.",
+    )
+    queue_timeout = Key[float | None](
+        parsers.seconds,
+        None,
+        "a number of seconds above 0",
+        "How long a job may wait in the cluster's queue before it fails.",
+    )
+    address = Key[str | None](
+        parsers.host_and_port,
+        None,
+        "HOST or HOST:PORT, without a scheme",
+        "Where jobs elsewhere reach the master, instead of what the backend finds.",
+    )
+
+    docker_network = Key[str | None](
+        parsers.text, None, "the name of a network", "Network that containers are in."
+    )
+    docker_mounts = Key[list[str]](
+        parsers.mounts,
+        [],
+        "a list of 'SOURCE:/TARGET' or 'SOURCE:/TARGET:ro', in text with commas between them",
+        "What containers see of this machine's files and of Docker's volumes.",
+    )
+    docker_environment = Key[dict[str, str]](
+        parsers.environment,
+        {},
+        "a dict of names and values, or text such as 'A=1,B=2' or a JSON object",
+        "Further variables of containers.",
+    )
+    docker_workdir = Key[str | None](
+        parsers.container_path,
+        None,
+        "an absolute path in the container",
+        "Working folder in containers; None: that of the image.",
+    )
+    docker_user = Key[str | None](
+        parsers.text_or_number,
+        None,
+        "a user's name or number, or USER:GROUP",
+        "User that containers run as; None: that of the image.",
+    )
+    docker_options = Key[dict[str, Any]](
+        parsers.options,
+        {},
+        "a dict of text, numbers, truth values, lists and dicts, or a JSON object",
+        "Further arguments of containers.create of Docker's SDK.",
+    )
+
+    kubernetes_namespace = Key[str | None](
+        parsers.text,
+        None,
+        "the name of a namespace",
+        "Namespace of pods; None: the master's own, or that of the kubeconfig.",
+    )
+    kubernetes_context = Key[str | None](
+        parsers.text, None, "the name of a context", "Context of the kubeconfig; None: its own."
+    )
+    kubernetes_service_account = Key[str | None](
+        parsers.text,
+        None,
+        "the name of a service account",
+        "Service account of pods; None: that of the master's pod, if it is in one.",
+    )
+    kubernetes_gpu_resource = Key[str](
+        parsers.text,
+        "nvidia.com/gpu",
+        "the name of a resource, such as 'nvidia.com/gpu'",
+        "What a GPU is called in the cluster.",
+    )
+    kubernetes_template = Key[dict[str, Any] | str | None](
+        parsers.template,
+        None,
+        "a pod as a dict of plain data or as a JSON object, or the path of a YAML file",
+        "Pod that all pods are made from.",
+    )
+    kubernetes_relay = Key[str](
+        parsers.choice("auto", "always", "never"),
+        "auto",
+        "'auto', 'always' or 'never'",
+        "Whether pods reach the master through the API server; auto: if there is no other way.",
+    )
+    kubernetes_pull_policy = Key[str | None](
+        parsers.choice("Always", "IfNotPresent", "Never"),
+        None,
+        "'Always', 'IfNotPresent' or 'Never'",
+        "When nodes fetch the image; None: as the cluster does it.",
     )
 
     __slots__ = ("_adopted", "_code", "_read")
@@ -269,7 +302,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """All keys with their values: plain data, for `adopt` in a child."""
-        return {name: self._lookup(name).value for name in KEYS}
+        return {name: _copy(self._lookup(name).value) for name in KEYS}
 
     def source(self, key: str) -> str:
         """Where the value of `key` comes from, in words."""
@@ -374,10 +407,10 @@ def _entries(text: str, path: str) -> Iterator[tuple[int, str, str]]:
                 f"The section {line} (from {path}, line {number}) means nothing to Fiber: "
                 f"write the keys without a section, or under [default]."
             )
-        name, equals, value = line.partition("=")
-        if not equals:
-            name, equals, value = line.partition(":")
-        if not equals:
+        # Whichever comes first; the other may be in the value.
+        separator = min("=:", key=lambda sign: (line + sign).index(sign))
+        name, found, value = line.partition(separator)
+        if not found:
             raise ConfigError(f"{path}, line {number}, is {line!r}: write it as 'key = value'.")
         yield number, name.strip().lower(), value.strip()
 
@@ -392,8 +425,8 @@ def _no_such_key(name: str, source: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name.lower(), KEYS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"There is no config key {name!r} (from {source}): {hint}The keys are {', '.join(KEYS)}."
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}."
+    return f"There is no config key {name!r} (from {source}): {hint}"
 
 
 config: Final = Config()
