@@ -1,11 +1,12 @@
 """Contexts: the public functions, bound to a backend as multiprocessing's are to a start method.
 
-    fiber.Queue() ─► default context ─┐
-    get_context("local").Queue() ─────┴─► fiber.queues.Queue
+    fiber.Queue() ─► default context ──┐
+    get_context("docker").Queue() ─────┴─► fiber.queues.Queue
 
 The start methods of multiprocessing all mean the same here: a process of the configured backend,
 which begins as one of `spawn` does. So programs that choose one run as they are. A context of a
-backend's name starts its processes there.
+backend's name starts its processes there; it is made when it is first asked for, since packages may
+add backends, and is the same one from then on.
 """
 
 from __future__ import annotations
@@ -265,10 +266,33 @@ class ForkServerProcess(_process.Process):
     _chosen = "forkserver"
 
 
-class LocalProcess(_process.Process):
-    """A process on this machine, whatever is configured."""
+_PREFIX = "BackendProcess_"
 
-    _chosen = _backend = "local"
+
+def _process_of(backend: str) -> type[_process.Process]:
+    """Return the class of the processes of `backend`, which is the same one each time."""
+    # It is pickled by its name in this module, where `__getattr__` finds it. Who unpickles it need
+    # not have the backend; and the name of a backend may have signs that no name here can have.
+    attribute = _PREFIX + backend.encode().hex()
+    if attribute not in globals():
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": attribute,
+            "__doc__": f"A process of the backend {backend!r}, whatever is configured.",
+            "_backend": backend,
+            "_chosen": backend,
+        }
+        made = type(f"{backend.capitalize()}Process", (_process.Process,), namespace)
+        globals().setdefault(attribute, made)
+    found: type[_process.Process] = globals()[attribute]
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class of a backend's processes, which pickle asks for by its name."""
+    if name.startswith(_PREFIX):
+        return _process_of(bytes.fromhex(name[len(_PREFIX) :]).decode())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class SpawnContext(FiberContext):
@@ -292,11 +316,15 @@ class ForkServerContext(FiberContext):
     Process = ForkServerProcess
 
 
-class LocalContext(FiberContext):
-    """Processes on this machine, whatever is configured."""
+class BackendContext(FiberContext):
+    """Processes of one backend, whatever is configured."""
 
-    _name = backend = "local"
-    Process = LocalProcess
+    def __init__(self, backend: str) -> None:
+        self.backend = self._name = backend
+        self.Process = _process_of(backend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _context, (self.backend,)  # who unpickles it need not have the backend
 
 
 class DefaultContext(FiberContext):
@@ -311,7 +339,7 @@ class DefaultContext(FiberContext):
             return get_context(method)
         if _process.start_method is None:
             _process.start_method = "spawn"
-        return _contexts[_process.start_method]
+        return _context(_process.start_method)
 
     def get_start_method(self, allow_none: bool = False) -> Any:
         """As the function."""
@@ -340,24 +368,28 @@ _contexts: dict[str, FiberContext] = {
     "spawn": SpawnContext(),
     "fork": ForkContext(),
     "forkserver": ForkServerContext(),
-    "local": LocalContext(),
 }
 default = DefaultContext()
+
+
+def _context(name: str) -> FiberContext:
+    context = _contexts.get(name)
+    return context or _contexts.setdefault(name, BackendContext(name))
 
 
 def get_context(method: str | None = None) -> FiberContext:
     """Return the context of a backend.
 
     Args:
-        method: a backend's name; None, or one of multiprocessing's start methods for programs that
-            pass one, for the configured backend.
+        method: a backend's name, such as "docker"; None, or one of multiprocessing's start methods
+            for programs that pass one, for the configured backend.
 
     Raises:
-        ValueError: there is no such backend.
+        ConfigError: there is no such backend; it is a ValueError, too.
     """
     if method is None:
         return default.get_context()
-    return _contexts[method if method in START_METHODS else registry.check(method)]
+    return _context(method if method in _contexts else registry.check(method))
 
 
 def get_start_method(allow_none: bool = False) -> Any:
