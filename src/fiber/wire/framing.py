@@ -12,9 +12,21 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["MAX_BUFFERS", "MAX_SIZE", "Buffer", "Frame", "FrameError", "FrameReader", "encode"]
+if TYPE_CHECKING:
+    from fiber.wire.tls import TlsSocket
+
+__all__ = [
+    "MAX_BUFFERS",
+    "MAX_SIZE",
+    "Buffer",
+    "Frame",
+    "FrameError",
+    "FrameReader",
+    "RecordReader",
+    "encode",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -62,7 +74,7 @@ class FrameReader:
     Each `read` does one system call at the most and returns the frames that it completed.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket) -> None:
         self._sock = sock
         self._rest: bytes = b""  # received, not yet part of a frame
         self._kind = 0
@@ -157,3 +169,21 @@ class FrameReader:
                 self._segments = None
                 return [Frame(self._kind, segments[0], segments[1:])]
         return []
+
+
+class RecordReader(FrameReader):
+    """The same for a socket under TLS, which decrypts a whole record at a time.
+
+    What is left of a record shows in no poll, so nothing may stay behind.
+    """
+
+    def __init__(self, sock: TlsSocket) -> None:
+        super().__init__(sock)
+        self._pending = sock.pending
+
+    def read(self) -> list[Frame]:
+        """As above, and then the frames that the rest of the record completes."""
+        frames = super().read()
+        while self._pending():
+            frames += super().read()
+        return frames
