@@ -10,7 +10,7 @@ EXTRAS ?=
 BIN := $(VENV)/bin
 SUM := $(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test setup lint bench clean
 .DELETE_ON_ERROR:
 # An installed set of extras; kept although only pattern rules mention it.
 .SECONDARY:
@@ -21,8 +21,12 @@ help:  ## Show this list
 demo: $(VENV)/.demo-$(SUM)  ## Train a controller with a Pool and plot what it learned
 	$(BIN)/python examples/evolution.py
 
-test: lint $(EXTRAS:%=$(VENV)/.%-$(SUM))  ## Check style and types, then run the tests (PYTEST_ARGS="-m 'not slow'" for fewer)
+# Where there is no Docker engine or no Kubernetes cluster (KUBECONFIG), their tests are skipped;
+# with FIBER_TEST_ENGINES=docker,kubernetes they fail instead.
+test: lint setup  ## Check style and types, then run the tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: $(VENV)/.test-$(SUM) $(EXTRAS:%=$(VENV)/.%-$(SUM))  ## Install what the tests need
 
 lint: $(VENV)/.test-$(SUM)  ## Check format, lint and types
 	$(BIN)/ruff format --check .
