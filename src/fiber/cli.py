@@ -52,26 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fiber {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    about = "print the effective configuration"
     shown = commands.add_parser(
         "config",
-        help=about,
-        description=f"{about.capitalize()}, as a program that is started here would have it: each "
-        "key with its value and where that comes from. At the end, the backend.",
+        help="print the effective configuration",
+        description="Print the configuration that a program which is started here would have: "
+        "each key with its value and where that comes from. At the end, the backend.",
     )
     shown.set_defaults(run=_config)
 
-    about = "help with Kubernetes"
     kubernetes = commands.add_parser(
-        "kubernetes", help=about, description=f"{about.capitalize()}: its commands below say how."
+        "kubernetes",
+        help="print what a Kubernetes cluster needs",
+        description="Print what a Kubernetes cluster needs before Fiber can start pods there.",
     )
     commands = kubernetes.add_subparsers(metavar="COMMAND", required=True)
-    about = "print the manifest that grants what Fiber needs"
     manifest = commands.add_parser(
         "manifest",
-        help=about,
-        description=f"{about.capitalize()} in a cluster, and no more: a service account, a role "
-        "and its binding, as YAML.",
+        help="print the manifest that grants the rights",
+        description="Print the manifest that grants what a program which uses Fiber needs, and no "
+        "more: a service account, a role and its binding, as YAML.",
         epilog="To grant it: fiber kubernetes manifest --namespace team | kubectl apply -f -",
     )
     manifest.add_argument(
