@@ -150,7 +150,8 @@ def client_context(certificate: bytes) -> ssl.SSLContext:
 @contextlib.contextmanager
 def _file(data: bytes) -> Iterator[str]:
     """A file with `data` for a moment, for `ssl` loads keys from files only."""
-    if sys.platform == "linux" and os.path.isdir("/proc/self/fd"):
+    # A Python that was built for old systems has no memfd_create.
+    if sys.platform == "linux" and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
         fd = os.memfd_create("fiber-tls")  # never on a disk
         path = f"/proc/self/fd/{fd}"
     else:
@@ -193,7 +194,10 @@ class TlsSocket:
             tune(sock)
             sock.setblocking(False)
             self._ssl = context.wrap_socket(
-                sock, server_side=server_side, do_handshake_on_connect=False
+                sock,
+                server_side=server_side,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,  # they are told from resets here
             )
         except OSError:
             sock.close()
@@ -204,6 +208,7 @@ class TlsSocket:
         self._lock = threading.RLock()
         self._unsent: Buffer | None = None  # what OpenSSL wants to be given again
         self._error: Exception | None = None  # to be raised by the next read
+        self._ended = False  # nothing more will come
 
     def handshake(self) -> None:
         """Do TLS's handshake, or the next part of it if the socket does not block.
@@ -220,41 +225,60 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """Return what the current record still holds, or the next one; b"" at the end."""
-        if self._error is not None:
-            self._raise_error()
-        return self._do(self._ssl.recv, size)
+        if self._ended or self._error is not None:
+            self._check()
+            return b""
+        try:
+            return self._do(self._ssl.recv, size)
+        except _End:
+            self._ended = True
+            return b""
 
     def recv_into(self, buffer: Buffer) -> int:
         """Fill `buffer` from the record that is here, or from all those that have come."""
-        if self._error is not None:
-            self._raise_error()
-        if self._ssl.pending():  # no more than that: who drains a record must come to an end
-            return self._do(self._ssl.recv_into, buffer)
-        count = self._do(self._ssl.recv_into, buffer)
-        end = min(len(buffer), _RECEIVE)
-        with memoryview(buffer) as view:
-            while 0 < count < end:
-                try:
-                    with self._lock:
-                        more = self._ssl.recv_into(view[count:])
-                except OSError as error:
-                    plain = _plain(error)
-                    if not isinstance(plain, BlockingIOError):
-                        self._error = plain  # after what came before it
-                    break
-                if not more:
-                    break
-                count += more
+        if self._ended or self._error is not None:
+            self._check()
+            return 0
+        # Who drains a record must come to an end, so then it is no more than that.
+        several = not self._ssl.pending()
+        try:
+            count = self._do(self._ssl.recv_into, buffer)
+        except _End:
+            self._ended = True
+            return 0
+        if several and count < len(buffer):
+            with memoryview(buffer) as view:
+                count = self._receive_more(view, count)
         return count
+
+    def _receive_more(self, view: memoryview, count: int) -> int:
+        """Go on filling `view` from `count` with records that have come; return how far it is."""
+        while count < min(len(view), _RECEIVE):
+            try:
+                with self._lock:
+                    more = self._ssl.recv_into(view[count:])
+            except OSError as error:
+                plain = _plain(error)
+                if isinstance(plain, _End):
+                    self._ended = True
+                elif not isinstance(plain, BlockingIOError):
+                    self._error = plain  # for the next read: what came before it counts
+                break
+            if not more:
+                self._ended = True
+                break
+            count += more
+        return count
+
+    def _check(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            self._ended = True
+            raise error
 
     def pending(self) -> int:
         """How many bytes are here already, which no poll of the descriptor shows."""
         return self._ssl.pending()
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     # Sending -----------------------------------------------------------------------------------
 
@@ -359,6 +383,16 @@ class TlsSocket:
         self._ssl.close()
 
 
+class _End(ConnectionResetError):
+    """The peer closed its end: to a reader no error."""
+
+
+def _tells_resets() -> bool:
+    import ssl
+
+    return ssl.OPENSSL_VERSION_INFO >= (3,)
+
+
 def _wants_write(error: OSError) -> bool:
     import ssl
 
@@ -378,8 +412,10 @@ def _plain(error: OSError) -> Exception:
             "it shows another certificate than this session's: it is another program, or somebody "
             f"who intercepts the connection ({error.verify_message})"
         )
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return ConnectionResetError(errno.ECONNRESET, "the peer closed the connection")
+    if isinstance(error, ssl.SSLEOFError):
+        # A reset comes without a reason. OpenSSL 1 gives none for either.
+        kind = ConnectionResetError if not error.reason and _tells_resets() else _End
+        return kind(errno.ECONNRESET, "the peer closed the connection")
     name = error.reason or str(error)
     reason = name.lower().replace("_", " ")
     if name in _FOREIGN:
