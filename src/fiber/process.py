@@ -153,7 +153,7 @@ class Popen:
         self._session = session.current()
         resources = process._resources()
         cpu = resources.cpu or config.cpu_per_job
-        agent = self._session.agent(process._backend or registry.chosen(), cpu)
+        agent = self._session.agent(process._backend or registry.chosen(), resources)
         self._takes_fds = agent.takes_fds
         self._fds: list[Any] = []  # of `Descriptor`
         try:
@@ -165,14 +165,19 @@ class Popen:
                     process.name,
                     data,
                     cpu=cpu,
-                    extra_environment=gpus_of(resources),
+                    extra_environment={} if agent.elsewhere else gpus_of(resources),
                     fds=self._fds,
                 )
                 self.child.handed = handed
             self._session.loop.wait(self.child.started)
+        except BaseException:
+            if agent.elsewhere and not self._session.loop.closed:
+                with self._session.loop:
+                    agent.close()  # it was for this process alone
+            raise
         finally:
             self._fds.clear()
-        if self.child.error is not None:
+        if self.child.error is not None and self.child.pid is None:
             raise StartError(f"process {process.name} did not start: {self.child.error}")
 
     @property

@@ -18,13 +18,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from fiber.backends.base import Backend
-from fiber.config import config
+from fiber.config import PARENT, config
 from fiber.errors import ConfigError, FiberError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["GROUP", "check", "chosen", "get", "in_pod", "names", "reset"]
+__all__ = ["GROUP", "check", "chosen", "forget", "get", "in_pod", "names", "reset"]
 
 GROUP: Final = "fiber.backends"
 OWN: Final = {
@@ -64,7 +64,7 @@ def check(name: str, source: str = "code") -> str:
     Raises:
         ConfigError: it is none; the message says which there are.
     """
-    if name in OWN or name in _entries:
+    if name in OWN or name in _entries or _inherited(name):
         return name
     if name not in _third_party():
         import difflib
@@ -75,6 +75,11 @@ def check(name: str, source: str = "code") -> str:
             f"There is no backend {name!r} (from {source}): {hint} are {', '.join(names())}."
         )
     return name
+
+
+def _inherited(name: str) -> bool:
+    # Its parent has the backend and starts processes for it, so that it need not be installed here.
+    return name == config.backend and config.source("backend") == PARENT
 
 
 def names() -> list[str]:
@@ -93,6 +98,11 @@ def get(name: str) -> Backend:
     if backend is not None:
         return backend
     check(name)
+    if name not in OWN and name not in _third_party():
+        raise ConfigError(
+            f"The backend {name!r}, which this process was started by, is not installed here: only "
+            f"its parent can use it."
+        )
     with _lock:
         if name not in _made:
             _made[name] = _own(name) if name in OWN else _load(_entries[name])
@@ -113,6 +123,12 @@ def reset() -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def forget(name: str) -> None:
+    """Have the backend called `name` made anew at its next use: who has closed it calls this."""
+    with _lock:
+        _made.pop(name, None)
 
 
 def _forget_after_fork() -> None:

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple, Protocol
 from fiber.config import config
 from fiber.errors import PoolBroken
 from fiber.pool import protocol
+from fiber.pool.berths import Berths
 from fiber.pool.marks import Marks
 from fiber.pool.workerprocess import WorkerProcess
 from fiber.process import Process, gpus_of, pickle_process
 from fiber.resources import Resources
 from fiber.runtime import main, session
-from fiber.runtime.agents import Child
+from fiber.runtime.agents import Agent, Child
 from fiber.runtime.logs import DEBUG, INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Timer
 from fiber.wire import exceptions
@@ -116,9 +117,11 @@ class Worker:
     def describe_end(self) -> str:
         """Say how it ended."""
         child = self.child
-        if child.error is not None:
-            return f"{child.name}: {child.error}"
-        return f"{child.name} (process {child.pid}) {_describe_exit(child.exitcode)}"
+        where = f" in {child.agent.where}" if child.agent.where else ""
+        who = child.name if child.pid is None else f"{child.name} (process {child.pid}{where})"
+        if child.error is None:
+            return f"{who} {_describe_exit(child.exitcode)}"
+        return f"{who} {child.error}" if child.error.startswith("was ") else f"{who}: {child.error}"
 
     def last_words(self) -> str:
         """Return what it last wrote to its standard error, as an addition to a message."""
@@ -182,7 +185,9 @@ class Crew:
         self._resting = False
         self._dismissed = False
         self._cpu = resources.cpu or config.cpu_per_job
-        self._agent = self._session.agent(settings.backend, self._cpu)
+        self._berths = Berths(
+            self._session, settings.backend, resources, settings.processes, self._agent_ends
+        )
         self._marks: Marks | None = None  # from the first death on
         self._initialization = Packed(b"", ())
         if settings.initializer is not None:
@@ -192,7 +197,7 @@ class Crew:
     @property
     def known_names(self) -> Container[str] | None:
         """What `wire.pickling.dumps` has to know of the workers' main module."""
-        return main.missing(self._agent.names)
+        return main.missing(self._berths.names)
 
     def recruit(self) -> None:
         """Start workers until there are enough."""
@@ -237,14 +242,14 @@ class Crew:
         self._numbers += 1
         number, token = self._numbers, os.urandom(16).hex()
         endpoint = self._session.endpoint
-        self._agent = self._session.agent_soon(self.settings.backend, self._cpu)
+        agent = self._berths.take()
         process = WorkerProcess(number, endpoint.address, token)
         child = self._session.spawn(
-            self._agent,
+            agent,
             process.name,
-            pickle_process(process, self, self._agent.names),
+            pickle_process(process, self, self._berths.names),
             cpu=self._cpu,
-            extra_environment=gpus_of(self._resources),
+            extra_environment={} if agent.elsewhere else gpus_of(self._resources),
             capture_stderr=True,
             ignore_interrupt=True,
         )
@@ -261,8 +266,19 @@ class Crew:
             return
         child.on_ended = ended
         process.adopt(child)
+        if not agent.elsewhere:  # where a job may wait in a queue, its agent has a limit of its own
+            self._limit_start(worker)
+
+    def _limit_start(self, worker: Worker) -> None:
         late = self._session.loop.call_later(config.start_timeout, lambda: self._too_late(worker))
         worker.set_timer(late)
+
+    def _agent_ends(self, agent: Agent) -> None:
+        """A job elsewhere is being ended: its workers finish what they have, others take over."""
+        for worker in list(self.workers.values()):
+            if worker.child.agent is agent and not worker.stopping:
+                worker.stop()
+        self.recruit()
 
     def _too_late(self, worker: Worker) -> None:
         if worker.link is None:
@@ -289,13 +305,19 @@ class Crew:
                 self._give_mark(worker)
 
     def _give_mark(self, worker: Worker) -> None:
-        if self._marks is not None and worker.link is not None:
+        near = not worker.child.agent.elsewhere
+        if self._marks is not None and worker.link is not None and near:
             worker.mark = self._marks.take()
             if worker.mark is not None:
                 worker.post(protocol.MARKS, pickle.dumps((self._marks.path, worker.mark)))
 
-    def was_idle(self, worker: Worker, batch: int) -> bool:
-        """Whether a worker that has died is known not to have been at an item of this batch."""
+    def is_innocent(self, worker: Worker, batch: int) -> bool:
+        """Whether a worker that has died is known not to have been at an item of this batch.
+
+        Or whether its job was taken away, be it in the midst of an item: that is not to blame.
+        """
+        if worker.child.blameless:
+            return True
         if self._marks is None or worker.mark is None:
             return False
         return self._marks.read(worker.mark) not in (0, batch)
@@ -338,13 +360,16 @@ class Crew:
         if self._marks is not None and worker.mark is not None:
             self._marks.give_back(worker.mark)
         del self.workers[worker.id]
-        if worker.child.agent.ending and not worker.stopping:
+        agent = worker.child.agent
+        self._berths.leave(agent)
+        if agent.ending and not worker.stopping and not agent.elsewhere:
             self._foreman.crew_failed(
                 PoolBroken(f"{worker.describe_end()}; their agent was asked to end by SIGTERM")
             )
         if self._boot_failures >= _BOOT_FAILURES and not worker.stopping:
             self._boots_fail(worker)
         self.recruit()
+        self._berths.trim()
         self._tell_if_gone()
 
     def dismiss(self) -> None:
@@ -368,6 +393,7 @@ class Crew:
     def _tell_if_gone(self) -> None:
         if self._dismissed and not self.workers:
             self.gone.set()
+            self._berths.close()
             if self._marks is not None:
                 self._marks.close()
                 self._marks = None

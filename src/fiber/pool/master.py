@@ -403,12 +403,12 @@ class Master:
 
     def worker_down(self, worker: Worker) -> None:
         """A worker has ended: its work goes to others."""
-        self._scheduler.worker_down(worker.id, charged=not self._was_idle(worker))
+        self._scheduler.worker_down(worker.id, charged=not self._is_innocent(worker))
         for call in self._calls.values():
             call.known_by.discard(worker.id)
         self._act()
 
-    def _was_idle(self, worker: Worker) -> bool:
+    def _is_innocent(self, worker: Worker) -> bool:
         """Whether no item was running, so that none is what ended the worker."""
         batches = self._scheduler.batches_of(worker.id)
         if not batches:
@@ -417,7 +417,7 @@ class Master:
         # What it was sent last it may not have read.
         idle = worker.link is not None and worker.link.unread and len(batches) == 1
         # It may have had the result of an item, which will run again.
-        if first.call.retries and self._crew.was_idle(worker, first.id):
+        if first.call.retries and self._crew.is_innocent(worker, first.id):
             idle = True
         # If this goes on, something about the items may be what ends workers all the same.
         self._idle_deaths = self._idle_deaths + 1 if idle else 0

@@ -41,11 +41,11 @@ from fiber.pool.protocol import (
     BatchHead,
     split,
 )
-from fiber.runtime import session
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.poller import Patience
+from fiber.runtime.reach import connect
 from fiber.wire import exceptions
-from fiber.wire.channel import Channel, connect
+from fiber.wire.channel import Channel
 from fiber.wire.framing import Buffer, Frame
 from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
 
@@ -60,7 +60,7 @@ _CONNECT_TIMEOUT = 30.0
 def run(address: str, token: str) -> None:
     """Work for the pool whose master is at `address` and expects `token`, until it says STOP."""
     try:
-        channel = connect(address, session.secret(), _CONNECT_TIMEOUT)
+        channel = connect(address, _CONNECT_TIMEOUT)
     except (FileNotFoundError, ConnectionRefusedError):
         return  # the master is gone: there is nobody to work for
     try:

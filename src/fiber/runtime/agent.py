@@ -19,7 +19,6 @@ import gc
 import os
 import pickle
 import resource
-import select
 import signal
 import socket
 import sys
@@ -33,9 +32,11 @@ from fiber.runtime import folders
 from fiber.runtime import main as main_module
 from fiber.runtime.agents import (
     BYE,
+    DIAL,
     ENDING,
     EXITED,
     FAILED,
+    PING,
     PREPARE,
     READY,
     SIGNAL,
@@ -44,22 +45,17 @@ from fiber.runtime.agents import (
     TOLD,
 )
 from fiber.runtime.endpoint import HELLO
-from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.loop import Event, Link, Loop
 from fiber.runtime.poller import READ
+from fiber.runtime.streams import Stream
 from fiber.wire.channel import Channel, connect
 from fiber.wire.framing import Frame
 
-__all__ = ["main"]
+__all__ = ["Agent", "Client", "main"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
 _LAST_WORDS = 1.0  # seconds that a process has to end by itself when its parent has died
-_TAIL = 16384  # bytes of a process's standard error that are kept
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-_LINE_SECONDS = 0.02  # that a line may take to be whole
-_RETRY_SECONDS = 0.05  # between looks at a stream that takes nothing
-_BACKLOG = 1 << 16  # bytes pending at which reading stops
-_PIPE = 1 << 16  # bytes that a pipe holds
-_PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 
 
 def main() -> NoReturn:
@@ -92,7 +88,7 @@ def main() -> NoReturn:
 
 
 class Agent:
-    """Serves its clients until the first of them is gone."""
+    """Serves its clients until the first of them is gone; see `runtime.elsewhere` for another."""
 
     def __init__(
         self, channel: Channel, folder: str, secret: bytes, preparation: dict[str, Any]
@@ -103,9 +99,9 @@ class Agent:
         self.names: frozenset[str] = frozenset()
         self.forks = False
         self.loop = Loop(background=False)
-        self.processes: dict[int, _Process] = {}  # by process ID
-        self.clients: set[_Client] = set()
-        self.streams: set[_Stream] = set()
+        self.processes: dict[int, Process] = {}  # by process ID
+        self.clients: set[Client] = set()
+        self.streams: set[Stream] = set()
         self._channel = channel
         self._handlers: dict[int, Any] = {}
         self._leaving = False
@@ -114,21 +110,16 @@ class Agent:
 
     def run(self) -> NoReturn:
         """Load the main module, then serve."""
-        preparation = self.preparation
-        sys.path[:] = preparation["sys_path"]
-        sys.argv[:] = preparation["argv"]
         error = None
         try:
-            with contextlib.suppress(OSError):  # a folder that is gone
-                os.chdir(preparation["cwd"])
-            self.names = main_module.load(preparation["main"])
+            self.names = self.load()
         except BaseException:
-            error = traceback.format_exc()
+            error = self.explain(traceback.format_exc())
         child_process.flush()  # or each child would print it again
         self._take_signals()
         self._limit = _raise_limit()
         self.forks = sys.platform != "darwin" and _thread_count() == 1
-        child_process.prepare(preparation["modules"])
+        child_process.prepare(self.preparation["modules"])
         gc.collect()
         gc.freeze()
         with self.loop:
@@ -139,12 +130,34 @@ class Agent:
             signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
             self.loop.register(wake_read, READ, lambda events: self._reap(wake_read))
             self.wake_fds = (wake_read, wake_write)
-            first = _Client(self, self._channel)
-            first.link.post(READY, pickle.dumps((self.names, error)))
+            first = Client(self, self._channel)
+            facts = {"names": self.names, "error": error, **self.begin(first)}
+            first.link.post(READY, pickle.dumps(facts))
             self.loop.call_later(0, folders.sweep)
         never = Event()
         while True:
             self.loop.wait(never)
+
+    def load(self) -> frozenset[str]:
+        """Load the main module, as the preparation says; return its names."""
+        preparation = self.preparation
+        sys.path[:] = preparation["sys_path"]
+        sys.argv[:] = preparation["argv"]
+        with contextlib.suppress(OSError):  # a folder that is gone
+            os.chdir(preparation["cwd"])
+        return main_module.load(preparation["main"])
+
+    def explain(self, error: str) -> str:
+        """Return what there is to say of an `error` of the main module."""
+        return error
+
+    def begin(self, first: Client) -> dict[str, Any]:
+        """The first client is there: return what else it wants to know. Within the loop."""
+        return {}
+
+    def leave(self) -> NoReturn:
+        """End, for the master has gone without a word, or all has been said."""
+        _leave(self.folder)
 
     def _take_signals(self) -> None:
         """Set aside the handlers that the main module installed: they are for the children."""
@@ -166,7 +179,7 @@ class Agent:
         if not self.processes:
             for client in self.clients:
                 client.link.close()
-            _leave(self.folder)
+            self.leave()
 
     def tell(self, pid: int) -> None:
         """A process is about to be sent a signal: let all know that its end may be meant."""
@@ -174,7 +187,7 @@ class Agent:
             client.link.post(TOLD, pickle.dumps((0, pid)))
             client.link.flush()
 
-    def lost(self, client: _Client) -> None:
+    def lost(self, client: Client) -> None:
         """A client is gone: kill what it started; with the first client all is over."""
         self.clients.discard(client)
         if not client.first:
@@ -187,16 +200,26 @@ class Agent:
             for stream in list(self.streams):
                 stream.tail()  # passes on what is there
             if client.dismissed:
-                os._exit(0)
-            _leave(self.folder)
+                self.go()
+            self.leave()
 
-    def _kill(self, client: _Client) -> None:
+    def go(self) -> NoReturn:
+        """End, for the first client has said good-bye."""
+        os._exit(0)
+
+    def heard(self, client: Client) -> None:
+        """A client gave a sign of life."""
+
+    def on_remote_frame(self, client: Client, frame: Frame) -> None:
+        """A client sent what is of use only elsewhere."""
+
+    def _kill(self, client: Client) -> None:
         """Kill what a client has started."""
         for process in list(self.processes.values()):
             if process.client is client:
                 process.signal(signal.SIGKILL)
 
-    def spawn(self, client: _Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
+    def spawn(self, client: Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
         """Start a process for `client`; `fds`: standard output and error, and what goes along."""
         if self._leaving:
             for fd in fds:
@@ -204,18 +227,22 @@ class Agent:
             client.link.post(FAILED, pickle.dumps((key, "the agent was asked to end by SIGTERM")))
             return
         ours: socket.socket | None = None
-        stderr: _Stream | None = None
+        stderr: Stream | None = None
+        streams: list[Stream] = []
+        if not fds:
+            fds, streams = self.outputs(client, request)
         with contextlib.ExitStack() as stack:
             for fd in fds:
                 stack.callback(os.close, fd)
             try:
                 ours, theirs = socket.socketpair()
                 stack.enter_context(theirs)
-                if request["capture_stderr"]:
+                if request["capture_stderr"] and not streams:
                     read_end, write_end = os.pipe()
                     stack.callback(os.close, write_end)
-                    stderr = _Stream(self, read_end, os.dup(fds[1]))
+                    stderr = Stream(self.loop, read_end, os.dup(fds[1]), self.streams)
                     fds = [fds[0], write_end, *fds[2:]]
+                    streams = [stderr]
                 if self.forks:
                     if request["by_value"]:
                         # Each would load it for the first function, and that takes a while, in
@@ -230,16 +257,29 @@ class Agent:
                         ours.close()
                         self._be_child(request, theirs, fds)
                 else:
-                    pid = child_process.start_fresh(self._facts(), request, ours, theirs, fds)
+                    pid = child_process.start_fresh(self.facts(), request, ours, theirs, fds)
             except OSError as error:
                 if ours is not None:
                     ours.close()
                 reason = f"it cannot be started: {error.strerror}"
                 client.link.post(FAILED, pickle.dumps((key, reason)))
                 return
-        self.processes[pid] = _Process(pid, client, key, stderr)
-        _Client(self, Channel(ours, takes_fds=True))
+        self.processes[pid] = Process(pid, client, key, streams)
+        Client(self, Channel(ours, takes_fds=True))
         client.link.post(STARTED, pickle.dumps((key, pid)))
+
+    def outputs(self, client: Client, request: dict[str, Any]) -> tuple[list[int], list[Stream]]:
+        """Complete a request that came without descriptors.
+
+        Returns:
+            Standard output and error for the process, and the streams that what it writes comes
+            out of, that of standard error last.
+        """
+        raise AssertionError
+
+    def diagnose(self, code: int) -> str | None:
+        """Return why a process ended with `code`, if there is more to say of it."""
+        return None
 
     def _be_child(self, request: dict[str, Any], upstream: socket.socket, fds: list[int]) -> None:
         """In the child: let go of what is the agent's and run; does not return."""
@@ -255,15 +295,19 @@ class Agent:
                 client.link.channel.close()
             for stream in self.streams:
                 stream.abandon()
+            self.abandon()
             self.loop.abandon()
-            code = child_process.run(self._facts(), request, upstream, fds[:2], fds[2:])
+            code = child_process.run(self.facts(), request, upstream, fds[:2], fds[2:])
         except BaseException:
             traceback.print_exc()
         finally:
             child_process.flush()
             os._exit(code)
 
-    def _facts(self) -> dict[str, Any]:
+    def abandon(self) -> None:
+        """In the child: close what else is the agent's."""
+
+    def facts(self) -> dict[str, Any]:
         """Return what a process needs to know of its session."""
         return {
             "folder": self.folder,
@@ -287,28 +331,29 @@ class Agent:
                 return
             process = self.processes.pop(pid, None)
             if process is not None:
-                tail = process.stderr.tail() if process.stderr is not None else ""
+                tail = "".join([stream.tail() for stream in process.streams][-1:])
                 code = os.waitstatus_to_exitcode(status)
-                process.client.link.post(EXITED, pickle.dumps((process.key, code, tail)))
+                facts = (process.key, code, tail, self.diagnose(code))
+                process.client.link.post(EXITED, pickle.dumps(facts))
             if self._leaving and not self.processes:
                 self.loop.call_soon(self._leave_soon)  # when that has been sent
 
 
-class _Process:
+class Process:
     """A process that was started and has not ended."""
 
-    def __init__(self, pid: int, client: _Client, key: int, stderr: _Stream | None) -> None:
+    def __init__(self, pid: int, client: Client, key: int, streams: list[Stream]) -> None:
         self.pid = pid
         self.client = client
         self.key = key
-        self.stderr = stderr
+        self.streams = streams
 
     def signal(self, signum: int) -> None:
         # Not reaped yet, so that the process ID is still its own.
         os.kill(self.pid, signum)
 
 
-class _Client:
+class Client:
     """Somebody who has processes started."""
 
     def __init__(self, agent: Agent, channel: Channel) -> None:
@@ -319,14 +364,18 @@ class _Client:
         agent.clients.add(self)
 
     def _on_frame(self, frame: Frame) -> None:
+        self.agent.heard(self)
         if frame.kind == BYE:
             self.dismissed = True
             self.agent.lost(self)
             return
+        if frame.kind in (PING, DIAL):
+            self.agent.on_remote_frame(self, frame)
+            return
         key, fact = pickle.loads(frame.body)
         if frame.kind == SPAWN:
             fds = self.link.channel.take_fds(fact["fds"])
-            if not fds:
+            if not fds and fact["fds"]:
                 reason = "its agent has no file descriptors left (see ulimit -n)"
                 self.link.post(FAILED, pickle.dumps((key, reason)))
                 return
@@ -336,97 +385,6 @@ class _Client:
                 if process.client is self and process.key == key:
                     self.agent.tell(process.pid)
                     process.signal(fact)
-
-
-class _Stream:
-    """The standard error of a process on its way to the user's, with its tail kept."""
-
-    def __init__(self, agent: Agent, source: int, target: int) -> None:
-        self._agent = agent
-        self._source = source
-        self._target = target
-        self._pending = b""  # read, not passed on yet
-        self._kept = b""
-        self._ended = False
-        self._reading = False
-        self._timer: Timer | None = None
-        self._takes = select.poll()
-        self._takes.register(target, select.POLLOUT)
-        os.set_blocking(source, False)
-        agent.streams.add(self)
-        self._read_on()
-
-    def _read_on(self) -> None:
-        if not self._reading and not self._ended:
-            self._reading = True
-            self._agent.loop.register(self._source, READ, self._ready)
-
-    def _stop_reading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._agent.loop.unregister(self._source)
-
-    def _ready(self, events: int) -> None:
-        if self._read() == b"":
-            self._stop_reading()
-            self._ended = True
-        self._pass_on()
-
-    def _read(self) -> bytes | None:
-        """Take what is there; return it, b"" at the end, None if there is nothing now."""
-        try:
-            data = os.read(self._source, _PIECE)
-        except BlockingIOError:
-            return None
-        self._pending += data
-        self._kept = (self._kept + data)[-_TAIL:]
-        return data
-
-    def _pass_on(self, *, late: bool = False) -> None:
-        """Write what is pending as far as the user's stream takes it without blocking.
-
-        Whole lines, so that those of several processes do not tear each other; what is no whole
-        line waits a moment for its end.
-        """
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._pending:
-            end = self._pending.rfind(b"\n", 0, _PIECE) + 1
-            if not end and len(self._pending) < _PIECE and not (late or self._ended):
-                finish = lambda: self._pass_on(late=True)  # noqa: E731
-                self._timer = self._agent.loop.call_later(_LINE_SECONDS, finish)
-                return
-            if not self._takes.poll(0):
-                self._timer = self._agent.loop.call_later(_RETRY_SECONDS, self._pass_on)
-                if len(self._pending) > _BACKLOG:
-                    self._stop_reading()
-                return
-            try:
-                count = os.write(self._target, self._pending[: end or _PIECE])
-            except OSError:  # nobody reads it any more
-                count = len(self._pending)
-            self._pending = self._pending[count:]
-        if self._ended:
-            self._agent.streams.discard(self)
-            self.abandon()
-        else:
-            self._read_on()
-
-    def tail(self) -> str:
-        """Return the last lines, with all that the dead process has written."""
-        for _ in range(_PIPE // _PIECE + 1):  # a child of its own may go on writing for ever
-            if self._ended or not self._read():
-                break
-        if self._source >= 0:
-            self._pass_on(late=True)
-        return self._kept.decode(errors="replace")
-
-    def abandon(self) -> None:
-        """Close the descriptors."""
-        os.close(self._source)
-        os.close(self._target)
-        self._source = -1
 
 
 def _leave(folder: str) -> NoReturn:

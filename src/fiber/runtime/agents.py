@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import time
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -29,9 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYE",
+    "DIAL",
     "ENDING",
     "EXITED",
     "FAILED",
+    "OUTPUT",
+    "PING",
     "PREPARE",
     "READY",
     "SIGNAL",
@@ -45,6 +47,10 @@ __all__ = [
 PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED, ENDING, TOLD = range(2, 12)
 """Kinds of frames between a parent (the first four) and an agent (the others)."""
 
+OUTPUT, PING, DIAL = range(12, 15)
+"""More of them for an agent that is elsewhere: what a process printed, a sign of life (both ways),
+and the parent's wish for a stream to a socket there."""
+
 _LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
 
 
@@ -56,7 +62,8 @@ class Child:
         pid: its real process ID, once it has started.
         exitcode: None while it runs; negative for a signal, as in multiprocessing.
         stderr: the last lines of its standard error, if they were captured, once it has ended.
-        error: why it did not start.
+        error: why it did not start, or what ended it with its agent.
+        blameless: whether its end had nothing to do with what it did.
         started, ended: set when it has, or never will.
         on_ended: called within the loop when it has ended.
         handed: objects of our home that it was given when it was started.
@@ -70,6 +77,7 @@ class Child:
         self.exitcode: int | None = None
         self.stderr = ""
         self.error: str | None = None
+        self.blameless = False
         self.started = Event()
         self.ended = Event()
         self.on_ended: Callable[[], object] | None = None
@@ -97,17 +105,27 @@ class Child:
 class Agent:
     """A link to an agent. All methods within the loop, save `names`.
 
+    What runs elsewhere is a `RemoteAgent` (see `runtime.remote`).
+
     Attributes:
         ready: set when processes can be started, or the agent has failed.
         error: why it failed.
         ending: it was asked to end, by SIGTERM, and starts no more processes.
         names: what the main module has that it loaded.
+        place: the folder of its processes' sockets, "" until it is known.
+        settings: what is configured otherwise in its processes.
+        where: the container or pod that it runs in, for messages; "" if it is on this machine.
         on_exited: called with each process that has ended, and its exit code, before its `ended`
             is set.
     """
 
-    def __init__(self, loop: Loop, name: str) -> None:
+    elsewhere = False
+
+    def __init__(self, loop: Loop, name: str, place: str = "") -> None:
         self.name = name
+        self.place = place
+        self.where = ""
+        self.settings: dict[str, Any] = {}
         self.ready = Event()
         self.error: str | None = None
         self.ending = False
@@ -124,9 +142,9 @@ class Agent:
         self._timer: Timer | None = None
 
     @classmethod
-    def inherited(cls, loop: Loop, channel: Channel, names: frozenset[str]) -> Agent:
+    def inherited(cls, loop: Loop, channel: Channel, names: frozenset[str], place: str) -> Agent:
         """Return the link to the agent that forked this process."""
-        agent = cls(loop, "the agent")
+        agent = cls(loop, "the agent", place)
         agent._link = Link(loop, channel, agent._on_frame, agent._on_lost)
         agent.names = names
         agent.ready.set()
@@ -178,9 +196,7 @@ class Agent:
 
         endpoint.expect(token, arrived)
         try:
-            self.job = backend.submit(
-                [JobSpec(spec.name, spec.command, environment, spec.resources)]
-            )[0]
+            self.job = backend.submit([spec._replace(environment=environment)])[0]
         except StartError as error:
             endpoint.forget(token)
             self._fail(str(error))
@@ -195,7 +211,12 @@ class Agent:
     @property
     def takes_fds(self) -> bool:
         """Whether file descriptors can go along with a process: whether it is on this machine."""
-        return self._link is not None and self._link.channel.sock.family == socket.AF_UNIX
+        return not self.elsewhere
+
+    @property
+    def busy(self) -> int:
+        """How many of its processes have not ended."""
+        return len(self._children)
 
     def spawn(self, name: str, request: Mapping[str, Any], fds: Any = ()) -> Child:
         """Have a process started, as soon as the agent is ready."""
@@ -221,17 +242,7 @@ class Agent:
     def _on_frame(self, frame: Frame) -> None:
         body = pickle.loads(frame.body)
         if frame.kind == READY:
-            if self._timer is not None:
-                self._timer.cancel()
-            self.names, error = body
-            if error is not None:
-                self._fail(f"could not load the program's main module:\n{error}")
-            else:
-                log(DEBUG, "%s is ready, with %d names of __main__", self.name, len(self.names))
-                self.ready.set()
-                early, self._early = self._early, []
-                for post in early:
-                    self._post(*post)
+            self._on_ready(body)
             return
         if frame.kind == ENDING:
             self.ending = True
@@ -255,6 +266,24 @@ class Agent:
                 self.on_exited(child, facts[0])
             del self._children[key]
             child._end(*facts)
+
+    def _on_ready(self, facts: dict[str, Any]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.names, error = facts["names"], facts["error"]
+        if error is not None:
+            self._fail(f"could not load the program's main module:\n{error}")
+            return
+        log(DEBUG, "%s is ready, with %d names of __main__", self.name, len(self.names))
+        self.ready.set()
+        early, self._early = self._early, []
+        for post in early:
+            self._post(*post)
+
+    @property
+    def blameless(self) -> bool:
+        """Whether its end had nothing to do with what it did."""
+        return False
 
     def _on_lost(self) -> None:
         if not self.ready.is_set:
@@ -292,6 +321,7 @@ class Agent:
             self._reap()
         children, self._children = self._children, {}
         for child in children.values():
+            child.blameless = self.blameless
             child._end(-9, error=self.error)
 
     def close(self) -> None:

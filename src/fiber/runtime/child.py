@@ -96,6 +96,7 @@ def run(
         key=facts["key"],
         name=request["name"],
         socket=upstream,
+        **facts.get("elsewhere", {}),
     )
     if request["capture_stderr"]:
         faulthandler.enable(file=2, all_threads=False)

@@ -31,8 +31,8 @@ from fiber.errors import AuthenticationError, PeerDied
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
 from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.reach import connect
 from fiber.wire import pickling
-from fiber.wire.channel import connect
 from fiber.wire.framing import Frame
 
 __all__ = ["Descriptor", "DupFd", "Loans", "claim", "going_along", "lend"]
@@ -302,7 +302,7 @@ def claim(address: str, number: int, identity: tuple[int, ...]) -> Descriptor:
 def _claim_from(address: str, facts: dict[str, Any]) -> Descriptor:
     frames: list[Frame] = []
     try:
-        channel = connect(address, session_module.secret_for(address), _TIMEOUT)
+        channel = connect(address, _TIMEOUT)
         try:
             channel.takes_fds = True
             channel.sock.settimeout(_TIMEOUT)

@@ -1,6 +1,8 @@
 """The endpoint: where other processes of the session connect to this one.
 
-    accept ─► ListenerHandshake ─► hello frame with a token ─► whoever expects that token
+    accept ─► (TLS) ─► ListenerHandshake ─► hello frame with a token ─► whoever expects that token
+
+It is a Unix socket and, from when processes elsewhere are to reach it, a TCP port behind TLS.
 
 Nothing of a peer is unpickled before its handshake is done. Handshakes have a deadline and are
 limited in number: when there are too many the oldest goes, for those of our own take milliseconds.
@@ -13,15 +15,18 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fiber.errors import AuthenticationError
 from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Link, Loop
-from fiber.runtime.poller import READ
+from fiber.runtime.poller import READ, WRITE
 from fiber.wire.auth import ListenerHandshake
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["HELLO", "Endpoint"]
 
@@ -58,11 +63,24 @@ class Endpoint:
         self._services: dict[str, Expected] = {}
         self._strangers: dict[_Caller, None] = {}  # in the order of their arrival
         self._told: set[str] = set()
+        self._port: _Port | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.bind(path)
         self._sock.listen(4096)
         self._sock.setblocking(False)
-        loop.register(self._sock.fileno(), READ, self._accept)
+        loop.register(self._sock.fileno(), READ, lambda events: self._accept(self._sock))
+
+    def listen(self, context: ssl.SSLContext, port: int = 0) -> int:
+        """Listen for TCP as well, on all interfaces; return the port, one that is free if 0.
+
+        Raises:
+            OSError: the port cannot be had.
+        """
+        if self._port is None:
+            self._port = _Port(context, port)
+            sock = self._port.sock
+            self._loop.register(sock.fileno(), READ, lambda events: self._accept(sock, context))
+        return self._port.number
 
     def expect(self, token: str, arrived: Expected) -> None:
         """Have `arrived(link, hello)` called, once, when the holder of `token` connects.
@@ -94,30 +112,41 @@ class Endpoint:
             caller.close()
         self._loop.unregister(self._sock.fileno())
         self._sock.close()
+        if self._port is not None:
+            self._loop.unregister(self._port.sock.fileno())
+            self._port.sock.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 
-    def _accept(self, events: int) -> None:
+    def abandon(self) -> None:
+        """After a fork, in the child: close our copies of what listens, and of who calls."""
+        self._sock.close()
+        if self._port is not None:
+            self._port.sock.close()
+        for caller in self._strangers:
+            caller.abandon()
+
+    def _accept(self, listener: socket.socket, context: ssl.SSLContext | None = None) -> None:
         for _ in range(64):
             try:
-                sock, _ = self._sock.accept()
+                sock, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: it stays in the queue, so wait a little
                 self._refuse(f"it could not be accepted: {error.strerror}")
-                self._loop.modify(self._sock.fileno(), 0)
-                self._loop.call_later(_PAUSE, self._listen_again)
+                self._loop.modify(listener.fileno(), 0)
+                self._loop.call_later(_PAUSE, lambda: self._listen_again(listener))
                 return
             if len(self._strangers) >= MAX_HANDSHAKES:
                 oldest = next(iter(self._strangers))
                 oldest.refuse("too many connections have not finished their handshake")
-            caller = _Caller(self, sock)
+            caller = _Caller(self, sock, context)
             self._strangers[caller] = None
-            caller.greet()
+            caller.begin()
 
-    def _listen_again(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._loop.modify(self._sock.fileno(), READ)
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.modify(listener.fileno(), READ)
 
     def _refuse(self, reason: str) -> None:
         """Say once for each reason that somebody was refused; more of the same is for debugging."""
@@ -129,13 +158,31 @@ class Endpoint:
         log(level, "refused a connection to %s: %s", self.address, reason)
 
 
+class _Port:
+    """A TCP port on all interfaces, of IPv6 as well where there is that."""
+
+    def __init__(self, context: ssl.SSLContext, port: int) -> None:
+        self.context = context
+        try:
+            self.sock = socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
+            )
+        except (OSError, ValueError):
+            self.sock = socket.create_server(("", port), backlog=4096)
+        self.sock.setblocking(False)
+        self.number: int = self.sock.getsockname()[1]
+
+
 class _Caller:
     """A connection whose handshake is not done."""
 
-    def __init__(self, endpoint: Endpoint, sock: socket.socket) -> None:
+    def __init__(
+        self, endpoint: Endpoint, sock: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
         self._endpoint = endpoint
         self._loop = endpoint._loop
-        self._sock = sock
+        self._sock: Any = sock  # or a TlsSocket
+        self._context = context
         self._handshake = ListenerHandshake(endpoint._secret)
         self._link: Link | None = None
         late = f"its handshake took more than {HANDSHAKE_TIMEOUT:.0f} seconds"
@@ -143,9 +190,34 @@ class _Caller:
         sock.setblocking(False)
         self._loop.register(sock.fileno(), READ, self._ready)
 
-    def greet(self) -> None:
-        """Begin the handshake."""
+    def begin(self) -> None:
+        """Begin the handshake; with that of TLS, if there is one."""
+        if self._context is None:
+            self._send(self._handshake.greeting)
+            return
+        from fiber.wire.tls import TlsSocket
+
+        try:
+            self._sock = TlsSocket(self._sock, self._context, server_side=True)
+        except OSError:
+            self.refuse(_CLOSED)
+            return
+        self._secure()
+
+    def _secure(self) -> None:
+        try:
+            self._sock.handshake()
+        except BlockingIOError:
+            self._loop.modify(self._sock.fileno(), WRITE if self._sock.wants_write else READ)
+            return
+        except OSError as error:
+            self.refuse(str(error))
+            return
+        self._context = None
+        self._loop.modify(self._sock.fileno(), READ)
         self._send(self._handshake.greeting)
+        if not self.closed and self._sock.pending():
+            self._ready(READ)
 
     def _send(self, data: bytes) -> None:
         # A fresh socket's buffer holds these few bytes; a peer for whom it does not is refused.
@@ -157,6 +229,9 @@ class _Caller:
             self.refuse(_CLOSED)
 
     def _ready(self, events: int) -> None:
+        if self._context is not None:
+            self._secure()
+            return
         try:
             # Exactly what the handshake wants: what follows belongs to the channel.
             data = self._sock.recv(self._handshake.wants)
@@ -221,3 +296,7 @@ class _Caller:
         else:
             self._loop.unregister(self._sock.fileno())
             self._sock.close()
+
+    def abandon(self) -> None:
+        """After a fork, in the child: close our copy."""
+        os.close(self._sock.fileno())

@@ -61,6 +61,11 @@ def make(secret: bytes) -> tuple[str, int]:
     return folder, fd
 
 
+def master(folder: str) -> int:
+    """Return the process ID of the master, who made the session's folder."""
+    return int(os.path.basename(folder).removeprefix(_PREFIX).partition("-")[0])
+
+
 def hold(path: str) -> int:
     """Return a descriptor of a folder for shared memory: while it is open, nobody sweeps that.
 

@@ -82,7 +82,7 @@ class Client:
 
     Attributes:
         name: of the process, for messages.
-        pid: its process ID.
+        process: the place that it is in, and its process ID.
         died: whether it ended without a good-bye.
         supervised: somebody else, such as a pool, makes good for its death.
         counts: memory that it shares with us, two words for each object; see `settle`.
@@ -92,7 +92,7 @@ class Client:
         self.home = home
         self.link = link
         self.name: str = facts["name"]
-        self.pid: int = facts["pid"]
+        self.process: tuple[str, int] = facts["process"]
         self.supervised: bool = facts.get("supervised", False)
         self.uses: set[Served] = set()
         self.requests: dict[int, Request] = {}  # not answered yet
@@ -102,7 +102,7 @@ class Client:
         self._dismissed = False
 
     def __str__(self) -> str:
-        return f"{self.name} (process {self.pid})"
+        return f"{self.name} (process {self.process[1]})"
 
     def on_frame(self, frame: Frame) -> None:
         kind, body, buffers = frame
@@ -227,7 +227,7 @@ class Served:
         self.id = int.from_bytes(os.urandom(8), "big")
         self.users: set[Client] = set()
         self.kept: set[Client] = set()  # those without a reference, see `keeps`
-        self.met: set[int] = set()  # the processes that ever used it
+        self.met: set[tuple[str, int]] = set()  # the processes that ever used it
         self.leased_until = 0.0  # of `time.monotonic`; it may be in a pickle under way
 
     def keeps(self, client: Client) -> bool:
@@ -244,13 +244,13 @@ class Served:
 class Home:
     """See the module. All methods within the loop."""
 
-    def __init__(self, loop: Loop, endpoint: Endpoint, name: str) -> None:
+    def __init__(self, loop: Loop, endpoint: Endpoint, name: str, process: tuple[str, int]) -> None:
         self.loop = loop
         self.endpoint = endpoint
-        self.me = Client(self, None, {"name": name, "pid": os.getpid()})
+        self.me = Client(self, None, {"name": name, "process": process})
         self.clients: set[Client] = set()
         self.objects: dict[int, Served] = {}
-        self.forgiven: Callable[[int], bool] = lambda pid: False
+        self.forgiven: Callable[[tuple[str, int]], bool] = lambda process: False
         """Whether the process with that ID was told to end, so that its death is no surprise."""
         self.own_blocks: Blocks | None = None
         self.reader = Reader()
@@ -306,7 +306,7 @@ class Home:
         if served is not None:
             served.users.add(client)
             served.kept.discard(client)
-            served.met.add(client.pid)
+            served.met.add(client.process)
             client.uses.add(served)
             timer = self._dropping.pop(served, None)
             if timer is not None:
@@ -323,21 +323,23 @@ class Home:
         else:
             self._leave(client, served, died=False)
 
-    def ended(self, name: str, pid: int, targets: Collection[int], died: bool) -> None:
+    def ended(
+        self, name: str, process: tuple[str, int], targets: Collection[int], died: bool
+    ) -> None:
         """A process has ended that was given objects when it was started.
 
         Args:
-            name, pid: of the process.
+            name, process: of the process, as `Client` has them.
             targets: the objects. Those that it has never used hear from here that it died.
             died: whether it did.
         """
-        client = Client(self, None, {"name": name, "pid": pid})
+        client = Client(self, None, {"name": name, "process": process})
         for target in targets:
             served = self.objects.get(target)
             if served is not None:
-                if died and pid not in served.met:
+                if died and process not in served.met:
                     served.left(client, died=True)
-                served.met.discard(pid)  # another process may have that ID one day
+                served.met.discard(process)  # another process may have that ID one day
 
     def lease(self, target: int) -> None:
         """Keep the object for a while, for a pickle of it is under way."""
@@ -345,11 +347,11 @@ class Home:
         if served is not None:
             served.leased_until = monotonic() + _LEASE
 
-    def read_all(self, pid: int) -> None:
+    def read_all(self, process: tuple[str, int]) -> None:
         """The process has ended: read all that it sent, before anybody learns of its end."""
         self.endpoint.drain()  # of its hello, perhaps
         for client in list(self.clients):
-            if client.pid == pid and client.link is not None:
+            if client.process == process and client.link is not None:
                 client.link.drain()
 
     def lost(self, client: Client, died: bool) -> None:

@@ -585,6 +585,16 @@ class Link:
         while not self.lost and self._read():
             pass
 
+    def release(self) -> Any:
+        """Give up the socket: send what was posted, and return it for another use.
+
+        The peer must wait for what was posted last, so that none of what it sends has been read.
+        """
+        self.flush()
+        self.lost = True
+        self._loop.unregister(self.channel.fileno())
+        return self.channel.sock
+
     def _lose(self) -> None:
         self.close()
         self.on_lost()

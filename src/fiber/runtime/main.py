@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import linecache
 import os
 import sys
 import types
@@ -20,7 +21,7 @@ from collections.abc import Container
 from multiprocessing import process as _process
 from typing import Any
 
-__all__ = ["check_loaded", "describe", "load", "missing"]
+__all__ = ["check_loaded", "describe", "load", "load_source", "missing"]
 
 _loading = False
 
@@ -52,7 +53,6 @@ def load(description: dict[str, str]) -> frozenset[str]:
 
     Raises what the module raises, SystemExit included.
     """
-    global _loading
     if not description:
         return frozenset()
     module = types.ModuleType("__mp_main__")
@@ -67,6 +67,27 @@ def load(description: dict[str, str]) -> frozenset[str]:
         with io.open_code(path) as file:
             code = compile(file.read(), path, "exec", dont_inherit=True)
         module.__file__ = path
+    return _execute(module, code)
+
+
+def load_source(file: str, name: str, source: str) -> frozenset[str]:
+    """As `load`, where the file is not.
+
+    Args:
+        file: what it is called at home.
+        name: by which `python -m` found it, empty if it did not.
+        source: its text.
+    """
+    module = types.ModuleType("__mp_main__")
+    module.__file__ = file
+    module.__package__ = name.rpartition(".")[0]
+    # So tracebacks show its lines; with no time of the file, they are never out of date.
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    return _execute(module, compile(source, file, "exec", dont_inherit=True))
+
+
+def _execute(module: types.ModuleType, code: Any) -> frozenset[str]:
+    global _loading
     previous = sys.modules["__main__"]
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     _loading = True

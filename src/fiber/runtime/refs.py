@@ -40,8 +40,8 @@ from fiber.runtime.home import (
     Served,
 )
 from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.reach import connect, is_here
 from fiber.runtime.session import Session
-from fiber.wire.channel import connect
 from fiber.wire.framing import Buffer, Frame
 
 __all__ = ["GRACE", "Ref", "lookup", "serve"]
@@ -73,6 +73,7 @@ class Here:
     """The way to the home of this process."""
 
     works = True
+    near = True
 
     def __init__(self, session: Session) -> None:
         self.loop = session.loop
@@ -148,6 +149,8 @@ class Peer:
         self._counts: dict[int, int] = {}
         self._page: memoryview | None = None
         self._slots = 0
+        self.near = is_here(address.removeprefix("unix:"))
+        """Whether it is in this place, so that there may be shared memory."""
         self.hasty = False
         """Whether the process may end without waiting until all that was posted is on its way."""
 
@@ -175,9 +178,8 @@ class Peer:
             raise self._died() from None
 
     def _connect(self) -> None:
-        secret = session_module.secret_for(self.address)
         try:
-            channel = connect(self.address, secret, _CONNECT_TIMEOUT)
+            channel = connect(self.address, _CONNECT_TIMEOUT)
         except (OSError, AuthenticationError) as error:
             why = getattr(error, "strerror", None) or str(error)
             self.error = PeerDied(
@@ -290,6 +292,8 @@ class Peer:
 
     def _make_page(self) -> memoryview | None:
         # In the folder of its session, for a process that `os.fork` made may have none.
+        if not self.near:
+            return None
         folder = os.path.dirname(self.address.removeprefix("unix:"))
         path = os.path.join(folder, f"{os.getpid()}-{os.urandom(4).hex()}.page")
         try:

@@ -37,8 +37,12 @@ from fiber.wire.channel import Channel
 
 if TYPE_CHECKING:
     from fiber.runtime.descriptors import Descriptor, Loans
+    from fiber.runtime.errands import Errands
     from fiber.runtime.home import Home
+    from fiber.runtime.outside import Outside
+    from fiber.runtime.reach import Reach
     from fiber.runtime.refs import Ref, Way
+    from fiber.runtime.remote import RemoteAgent
 
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
 
@@ -65,6 +69,10 @@ class Session:
         self._janitor: folders.Janitor | None = None
         self._endpoint: Endpoint | None = None
         self._agents: dict[tuple[str, int], Agent] = {}
+        self._remote_agents: set[RemoteAgent] = set()
+        self._orders: Outside | Errands | None = None
+        """Who has jobs started elsewhere for this process, from when it wants any."""
+        self._preparation: dict[str, Any] = {}
         self._home: Home | None = None
         self.blocks = Blocks(self.memory_folder)
         self._memory_hold: int | None = None
@@ -88,6 +96,11 @@ class Session:
         return self._folder
 
     @property
+    def outside(self) -> Outside | None:
+        """What the master does for processes elsewhere, if there are any."""
+        return self._orders if self._lock is not None else None  # type: ignore[return-value]
+
+    @property
     def endpoint(self) -> Endpoint:
         """Where others reach this process. Within the loop."""
         if self._endpoint is None:
@@ -101,7 +114,9 @@ class Session:
         if self._home is None:
             from fiber.runtime.home import Home
 
-            self._home = Home(self.loop, self.endpoint, self.identity()["name"])
+            identity = self.identity()
+            place = (self.folder, os.getpid())
+            self._home = Home(self.loop, self.endpoint, identity["name"], place)
             self._home.own_blocks = self.blocks
             self._home.forgiven = self._was_told_to_end
         return self._home
@@ -148,13 +163,14 @@ class Session:
         name = _inherited.get("name") or current_process().name
         # Whether a process that `os.fork` made ended well, nobody would hear.
         supervised = bool(_inherited.get("supervised") or (_forebears and not _inherited))
-        return {"name": name, "pid": os.getpid(), "supervised": supervised}
+        process = (self._folder or "", os.getpid())  # of a fork that has no folder nobody asks
+        return {"name": name, "process": process, "supervised": supervised}
 
     def known_names(self) -> Container[str] | None:
         """Return what `wire.pickling.dumps` has to know of the main module of other processes."""
         if _inherited:
             return main.missing(_inherited["names"])
-        for agent in self._agents.values():
+        for agent in (*self._agents.values(), *self._remote_agents):
             if agent.ready.is_set and agent.error is None:
                 return main.missing(agent.names)
         return None if main.describe() else frozenset()
@@ -162,31 +178,62 @@ class Session:
     def _on_exited(self, child: Child, code: int | None) -> None:
         """A process that we started has ended, which nobody knows yet."""
         if self._home is not None and child.pid is not None:
-            self._home.read_all(child.pid)
+            process = (child.agent.place, child.pid)
+            self._home.read_all(process)
             if child.handed:
-                self._home.ended(child.name, child.pid, child.handed, code != 0)
+                self._home.ended(child.name, process, child.handed, code != 0)
 
-    def _was_told_to_end(self, pid: int) -> bool:
-        return any(agent.was_told_to_end(pid) for agent in self._agents.values())
+    def _was_told_to_end(self, process: tuple[str, int]) -> bool:
+        place, pid = process
+        agents = (*self._agents.values(), *self._remote_agents)
+        return any(agent.place == place and agent.was_told_to_end(pid) for agent in agents)
 
-    def agent(self, backend: str, cpu: int) -> Agent:
-        """Return an agent of `backend` whose processes use `cpu` CPUs each, ready for use.
+    def agent(self, backend: str, resources: Resources) -> Agent:
+        """Return an agent of `backend`, ready to start a process with `resources`.
+
+        One that is elsewhere is for that process alone, and ends with it.
 
         Raises:
             StartError: it did not come up; the message says why.
         """
+        self.prepare(backend)
         with self.loop:
-            agent = self.agent_soon(backend, cpu)
-        self.loop.wait(agent.ready)
+            agent = self.agent_soon(backend, resources)
+        try:
+            self.loop.wait(agent.ready)
+        except BaseException:
+            if agent.elsewhere and not self.loop.closed:
+                with self.loop:
+                    agent.close()
+            raise
         if agent.error is not None:
             raise StartError(agent.error)
         return agent
 
-    def agent_soon(self, backend: str, cpu: int) -> Agent:
+    def prepare(self, backend: str) -> None:
+        """See that processes of `backend` can be started. Not within the loop.
+
+        Raises:
+            ConfigError, StartError: they cannot be; the message says why.
+        """
+        if not is_elsewhere(backend):
+            return
+        with _making:
+            from fiber.runtime import starting
+
+            if self._orders is None:
+                self._orders = starting.orders(self)
+            if not self._preparation:
+                self._preparation = starting.preparation(self, self._orders)
+
+    def agent_soon(self, backend: str, resources: Resources) -> Agent:
         """As `agent`, but it may not be ready yet, or never be. Within the loop."""
-        key = (backend, cpu)
         if self._closing:
             return Agent.failed(self.loop, "the session has ended")
+        if is_elsewhere(backend):
+            return self._order(backend, resources)
+        cpu = resources.cpu or config.cpu_per_job
+        key = (backend, cpu)
         agent = self._agents.get(key)
         if agent is None or not agent.usable:
             agent = self._agents[key] = self._submit(backend, cpu)
@@ -194,7 +241,7 @@ class Session:
         return agent
 
     def _submit(self, backend: str, cpu: int) -> Agent:
-        agent = Agent(self.loop, f"the {backend} agent")
+        agent = Agent(self.loop, f"the {backend} agent", self.folder)
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         from multiprocessing import util  # not needed to import Fiber, and slow
 
@@ -226,6 +273,39 @@ class Session:
         agent.submit(registry.get(backend), spec, self.endpoint, preparation, timeout)
         return agent
 
+    def _order(self, backend: str, resources: Resources) -> Agent:
+        """Have a job started elsewhere; return its agent."""
+        from fiber.runtime.starting import begin
+
+        assert self._orders is not None
+        agent = begin(self, self._orders, backend, resources, self._preparation)
+        agent.on_exited = self._on_exited
+        self._remote_agents.add(agent)
+        return agent
+
+    def forget_agent(self, agent: RemoteAgent) -> None:
+        """It has ended."""
+        self._remote_agents.discard(agent)
+
+    @property
+    def master_address(self) -> str | None:
+        """The address of the session's master, None if this process is that."""
+        if not _inherited:
+            return None
+        network = _inherited.get("network")
+        if network is not None:
+            return str(network.address)
+        return f"unix:{self.folder}/{folders.master(self.folder)}.sock"
+
+    @property
+    def tls_key(self) -> bytes:
+        """The private key of the session's certificate, for those whose jobs shall use it."""
+        from fiber.runtime.outside import Outside
+
+        if isinstance(self._orders, Outside):
+            return self._orders.key
+        return bytes(_inherited.get("tls_key", b""))
+
     def spawn(
         self,
         agent: Agent,
@@ -250,12 +330,14 @@ class Session:
             ignore_interrupt: let it ignore SIGINT.
             fds: what goes along with it; let go of when it is sent.
         """
+        extra = extra_environment or {}
         request = {
-            "environment": {**environment(cpu), **(extra_environment or {})},
+            "cpu": cpu,
+            "environment": extra if agent.elsewhere else {**environment(cpu), **extra},
             "cwd": _current_folder(),
             "sys_path": list(sys.path),
             "argv": list(sys.argv),
-            "config": config.as_dict(),
+            "config": {**config.as_dict(), **agent.settings},
             "logging": logs.of_multiprocessing(),
             "parent": os.getpid(),
             "process": process,
@@ -263,7 +345,8 @@ class Session:
             "ignore_interrupt": ignore_interrupt or _ignores_interrupt(),
             "by_value": "cloudpickle" in sys.modules,
         }
-        return agent.spawn(name, request, [*standard_streams(), *fds])
+        streams = [] if agent.elsewhere else standard_streams()
+        return agent.spawn(name, request, [*streams, *fds])
 
     def close(self, reason: BaseException | None = None, *, orderly: bool = True) -> None:
         """End this part; the master's end is the end of the session. `reason` as for the loop."""
@@ -277,8 +360,10 @@ class Session:
                 self._home.close()
             if self._loans is not None:
                 self._loans.close()
-            for agent in self._agents.values():
+            for agent in (*self._agents.values(), *self._remote_agents):
                 agent.close()
+            if self._orders is not None:
+                self._orders.close()
             if self._endpoint is not None:
                 self._endpoint.close()
             self.blocks.close()
@@ -287,6 +372,8 @@ class Session:
         self.loop.close(reason)
         for agent in self._agents.values():
             agent.collect()
+        if self._orders is not None:
+            self._orders.collect()
         if self._lock is not None:
             folders.remove(self.folder)
             os.close(self._lock)
@@ -391,10 +478,42 @@ def _take_part() -> Session:
     session = Session(_inherited["secret"], _inherited["folder"])
     with session.loop:
         channel = Channel(_inherited["socket"])
-        agent = Agent.inherited(session.loop, channel, _inherited["names"])
+        agent = Agent.inherited(session.loop, channel, _inherited["names"], _inherited["folder"])
         agent.on_exited = session._on_exited
     session._agents[_inherited["key"]] = agent
     return session
+
+
+def is_elsewhere(backend: str) -> bool:
+    """Whether processes of `backend` run apart from this one.
+
+    Raises:
+        ConfigError, StartError: there is no such backend, or it cannot be used.
+    """
+    if backend == "local":
+        return False
+    # Processes that are elsewhere themselves have not what talks to a manager.
+    return "network" in _inherited or registry.get(backend).elsewhere
+
+
+def reach() -> Reach | Outside:
+    """Return how this process reaches sockets in other places.
+
+    Raises:
+        OSError: it has no way to any.
+    """
+    from fiber.runtime.reach import Network, Reach
+
+    session = current()
+    if session.outside is not None:
+        return session.outside
+    if not _inherited:
+        raise FileNotFoundError(2, "the place of that process is gone")
+    network = _inherited.get("network") or Network((), str(session.master_address), b"")
+    if "reach" not in _inherited:
+        _inherited["reach"] = Reach(network, _inherited["secret"])
+    found: Reach = _inherited["reach"]
+    return found
 
 
 def loans_at(address: str) -> Loans | None:

@@ -168,7 +168,7 @@ class ServedQueue(Served):
         self._unfinished = 0
         self._joiners: dict[Request, None] = {}
         self._watchers: dict[Request, None] = {}
-        self._died: dict[int, str] = {}  # who died, and was not told of yet
+        self._died: dict[tuple[str, int], str] = {}  # who died, and was not told of yet
         self._owed: dict[str, int] = {}  # what the dead had taken and not marked as done
 
     @property
@@ -469,7 +469,7 @@ class ServedQueue(Served):
 
     def _tell(self) -> None:
         """The queue has been empty for a while since somebody died: say so to all who wait."""
-        died = [who for pid, who in self._died.items() if not self.home.forgiven(pid)]
+        died = [who for process, who in self._died.items() if not self.home.forgiven(process)]
         self._died.clear()
         if not died:
             return
@@ -518,8 +518,8 @@ class ServedQueue(Served):
             self._take_back(lease)
         owes = client in self._producers or not took
         self._producers.discard(client)
-        if died and owes and not client.supervised and not self.home.forgiven(client.pid):
-            self._died[client.pid] = str(client)
+        if died and owes and not client.supervised and not self.home.forgiven(client.process):
+            self._died[client.process] = str(client)
             for request in self._patient:
                 request.expire(_STALL, self._tell)
         self._check_joiners()

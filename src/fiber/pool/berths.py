@@ -1,0 +1,140 @@
+"""Where the workers of a pool live: the agents that fork them.
+
+    Crew ─ take ─► Berths ─┬─ on this machine: the session's one agent
+                           └─ elsewhere: an agent with a free berth, or another job
+    Crew ─ leave, trim ─► an agent whose berths are all empty ends, and its job with it
+
+Elsewhere a job has as many berths as `workers_per_job` says, and asks for as much as they need
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fiber.config import config
+from fiber.errors import StartError
+from fiber.resources import Resources
+from fiber.runtime.agents import Agent
+from fiber.runtime.loop import Event
+from fiber.runtime.session import Session, is_elsewhere
+
+if TYPE_CHECKING:
+    from fiber.runtime.remote import RemoteAgent
+
+__all__ = ["Berths"]
+
+
+class Berths:
+    """See the module. Within the loop, save where it is made.
+
+    Args:
+        session: of this process.
+        backend: of the pool.
+        resources: of each worker.
+        workers: how many there will be.
+        on_ending: called with an agent that was asked to end, by its manager perhaps.
+
+    Attributes:
+        names: what the main module has that the agents loaded.
+        elsewhere: whether the workers are apart from this process.
+
+    Raises:
+        StartError: no process can be started; the message says why.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        backend: str,
+        resources: Resources,
+        workers: int,
+        on_ending: Callable[[Agent], object],
+    ) -> None:
+        self._session = session
+        self._backend = backend
+        self._resources = resources
+        self._on_ending = on_ending
+        self._each = config.workers_per_job
+        self._used: dict[RemoteAgent, int] = {}
+        self.elsewhere = is_elsewhere(backend)
+        if self.elsewhere:
+            self._resources = _together(resources, self._each)
+            session.prepare(backend)
+            with session.loop:
+                for _ in range(-(-workers // self._each)):
+                    self._order()
+            self.names = self._wait_for_one()
+        else:
+            self.names = session.agent(backend, resources).names
+
+    def _order(self) -> RemoteAgent:
+        agent = self._session.agent_soon(self._backend, self._resources)
+        agent.kept = True  # type: ignore[attr-defined]
+        agent.on_ending = lambda: self._on_ending(agent)  # type: ignore[attr-defined]
+        self._used[agent] = 0  # type: ignore[index]
+        return agent  # type: ignore[return-value]
+
+    def _wait_for_one(self) -> frozenset[str]:
+        """Wait until workers can be started in one of the agents; return the names it has."""
+        loop = self._session.loop
+        try:
+            while True:
+                with loop:
+                    agents = list(self._used)
+                    ready = [agent for agent in agents if agent.ready.is_set and agent.usable]
+                    if ready:
+                        return ready[0].names
+                    if all(agent.error is not None for agent in agents):
+                        raise StartError(agents[0].error)
+                    settled = Event()
+                    for agent in agents:
+                        agent.settled = settled
+                loop.wait(settled)
+        except BaseException:
+            if not loop.closed:
+                with loop:
+                    self.close()
+            raise
+
+    def take(self) -> Agent:
+        """Return an agent for one more worker; it may not be ready yet, or never be."""
+        if not self.elsewhere:
+            return self._session.agent_soon(self._backend, self._resources)
+        free = [a for a, used in self._used.items() if a.usable and used < self._each]
+        # Where all is ready, a worker is up at once.
+        free.sort(key=lambda agent: not agent.ready.is_set)
+        agent = free[0] if free else self._order()
+        self._used[agent] += 1
+        return agent
+
+    def leave(self, agent: Agent) -> None:
+        """A worker has ended."""
+        if agent in self._used:
+            self._used[agent] -= 1
+
+    def trim(self) -> None:
+        """End the agents that have no worker."""
+        for agent in [a for a, used in self._used.items() if not used]:
+            del self._used[agent]
+            agent.close()
+
+    def close(self) -> None:
+        """End them all."""
+        agents = list(self._used)
+        self._used.clear()
+        for agent in agents:
+            agent.close()
+
+
+def _together(resources: Resources, workers: int) -> Resources:
+    """Return what so many workers need."""
+    if workers == 1:
+        return resources
+    cpu = (resources.cpu or config.cpu_per_job) * workers
+    memory = resources.memory or config.mem_per_job
+    gpu = resources.gpu
+    return Resources(
+        cpu, None if memory is None else memory * workers, None if gpu is None else gpu * workers
+    )

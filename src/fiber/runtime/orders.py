@@ -1,0 +1,23 @@
+"""What the master and the processes that start others through it say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fiber.backends.base import JobStatus
+
+__all__ = ["JOBS", "ORDER", "STATUS", "STOP", "Told"]
+
+JOBS = "jobs"
+"""What a process that starts others elsewhere asks the endpoint for in its hello."""
+
+ORDER, STOP, STATUS = range(70, 73)
+"""Kinds of frames of that service: the first two go to the master.
+
+    ORDER   number, backend, name, resources, token, address of the owner
+    STOP    number
+    STATUS  number, `JobStatus`, what the manager calls the job
+"""
+
+Told = Callable[[JobStatus, str], object]
+"""Is told the status of a job, and what its manager calls it."""
