@@ -279,6 +279,7 @@ def test_the_case_of_a_variable_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variables_that_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIBER_INTERNAL_SESSION", "x")
+    monkeypatch.setenv("FIBER_TEST_ENGINES", "docker")
     # What Kubernetes tells pods of services named "fiber" and "fiber-dashboard".
     monkeypatch.setenv("FIBER_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("FIBER_SERVICE_PORT_HTTP", "80")

@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 FILE: Final = ".fiberconfig"
 PREFIX: Final = "FIBER_"
-# The runtime's own variables between parent and child; never a key.
-INTERNAL_PREFIX: Final = "FIBER_INTERNAL_"
+# The runtime's own variables between parent and child, and those of Fiber's tests; never a key.
+NO_KEYS: Final = ("FIBER_INTERNAL_", "FIBER_TEST_")
+# The source of what a child process was told.
+PARENT: Final = "the parent process"
 
 # Keys of Fiber 0.2 that mean nothing any more, and why.
 GONE: Final = {
@@ -296,7 +298,7 @@ class Config:
 
     def adopt(self, values: Mapping[str, object]) -> None:
         """Take a parent's `as_dict()` instead of environment and file. For a child process."""
-        self._read = _settings(values, lambda _: "the parent process")
+        self._read = _settings(values, lambda _: PARENT)
         self._adopted = True
         self._code = {}
 
@@ -353,7 +355,7 @@ def _environment_settings(environ: Mapping[str, str]) -> dict[str, Setting]:
     values = {}
     variables = {}
     for variable, value in environ.items():
-        if not variable.startswith(PREFIX) or variable.startswith(INTERNAL_PREFIX):
+        if not variable.startswith(PREFIX) or variable.startswith(NO_KEYS):
             continue
         # Fiber_Debug or FIBER_debug is no spelling of FIBER_DEBUG: keep it, to be refused.
         name = variable[len(PREFIX) :]

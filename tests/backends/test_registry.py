@@ -237,6 +237,30 @@ print(sorted(name for name in new if name.startswith(("docker", "kubernetes", "i
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_child_knows_its_parents_backend_by_name_alone(run_script: RunScript) -> None:
+    done = run_script(
+        """
+import fiber
+from fiber.backends import registry
+fiber.config.adopt({"backend": "nimbus"})
+print(registry.chosen(), fiber.get_context("nimbus").backend)
+for name in ("nimbus", "other"):
+    try:
+        registry.get(name)
+    except fiber.ConfigError as error:
+        print(error)
+"""
+    )
+    assert done.stdout.splitlines() == [
+        "nimbus nimbus",
+        (
+            "The backend 'nimbus', which this process was started by, is not installed here: only "
+            "its parent can use it."
+        ),
+        "There is no backend 'other' (from code): there are local, docker, kubernetes.",
+    ], done.stderr
+
+
 # Contexts.
 
 
