@@ -13,6 +13,7 @@ import pytest
 
 import fiber
 from fiber.backends import registry
+from fiber.backends.kubernetes import detect
 from fiber.backends.local import LocalBackend
 from fiber.errors import ConfigError, StartError
 
@@ -69,9 +70,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 @pytest.fixture
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process looks as if it were in a pod."""
-    token = tmp_path / "token"
-    token.write_text("x")
-    monkeypatch.setattr(registry, "TOKEN", str(token))
+    (tmp_path / "token").write_text("x")
+    monkeypatch.setattr(detect, "FOLDER", str(tmp_path))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
 
 
@@ -92,7 +92,6 @@ def test_configuration_comes_before_detection(no_pod: None) -> None:
 
 
 def test_a_pod_is_detected(pod: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("kubernetes")
     assert registry.in_pod()
     assert registry.chosen() == "kubernetes"
     monkeypatch.setenv("FIBER_BACKEND", "local")
@@ -101,7 +100,7 @@ def test_a_pod_is_detected(pod: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pod_without_an_account_is_none(pod: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "TOKEN", "/nowhere/token")
+    monkeypatch.setattr(detect, "FOLDER", "/nowhere")
     assert not registry.in_pod()
     assert registry.chosen() == "local"
 
@@ -153,6 +152,28 @@ def test_an_unknown_name_is_told_with_where_it_stands(
     fiber.reset()
     with pytest.raises(ConfigError, match=f"{variable} in the environment.*mean 'kubernetes'"):
         registry.chosen()
+
+
+@pytest.mark.parametrize("name", ["docker", "kubernetes"])
+def test_a_backend_without_its_extra_says_what_to_install(name: str, run_script: RunScript) -> None:
+    done = run_script(
+        f"""
+import sys
+sys.modules[{name!r}] = None  # as if it were not installed
+import fiber
+from fiber.backends import registry
+context = fiber.get_context({name!r})
+try:
+    registry.get({name!r})
+except fiber.ConfigError as error:
+    print(error)
+""",
+        env={"KUBECONFIG": "/nowhere"},
+    )
+    line = done.stdout.removesuffix("\n")
+    assert line.startswith(f"The backend {name!r} needs the package {name!r}, "), done.stderr
+    assert line.endswith(f'which is not installed: run pip install "fiber[{name}]".')
+    assert "\n" not in line
 
 
 # Those of other packages.

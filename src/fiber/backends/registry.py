@@ -32,7 +32,6 @@ OWN: Final = {
     "docker": ("fiber.backends.docker", "DockerBackend"),
     "kubernetes": ("fiber.backends.kubernetes", "KubernetesBackend"),
 }
-TOKEN: Final = "/var/run/secrets/kubernetes.io/serviceaccount/token"
 
 _made: dict[str, Backend] = {}
 _entries: dict[str, EntryPoint] = {}
@@ -51,7 +50,11 @@ def chosen() -> str:
 
 def in_pod() -> bool:
     """Whether this process is in a pod that may talk to its cluster."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ and os.path.exists(TOKEN)
+    if "KUBERNETES_SERVICE_HOST" not in os.environ:
+        return False  # without importing anything
+    from fiber.backends.kubernetes import detect
+
+    return detect.in_pod()
 
 
 def check(name: str, source: str = "code") -> str:
