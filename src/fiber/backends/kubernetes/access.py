@@ -73,7 +73,7 @@ class Access:
         config = importlib.import_module("kubernetes.config")
         urllib3 = importlib.import_module("urllib3")
         self._errors: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError, OSError)
-        self._silence = (*self._errors, ValueError)
+        self._silence: tuple[type[Exception], ...] = (*self._errors, ValueError)
         self._refused: tuple[type[Exception], ...] = (client.ApiException,)
         # Not Configuration(): that copies a default, which the program may have changed for itself.
         self._configuration = type.__call__(client.Configuration)
@@ -134,7 +134,7 @@ class Access:
             # So that a server that is gone without a word is noticed.
             _request_timeout=(_TIMEOUT[0], _WATCH + 30.0),
         )
-        return Watching(response, self._errors)
+        return Watching(response, self._silence)
 
     def delete_pod(self, name: str, grace: int | None) -> None:
         """Delete a pod, within `grace` seconds or what the pod itself says; it may be gone."""
@@ -267,7 +267,7 @@ class Watching:
                 for line in lines:
                     if line.strip():
                         yield json.loads(line)
-        except (*self._errors, ValueError) as error:
+        except self._errors as error:
             raise ApiError(0, "Unreachable", _one_line(error)) from error
         finally:
             self.close()
