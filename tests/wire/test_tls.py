@@ -246,6 +246,25 @@ def test_what_a_full_socket_does_not_take_is_sent_later_and_once(pair: Sockets) 
     assert [(f.kind, bytes(f.body), [bytes(f.buffers[0])]) for f in received[:]] == sent
 
 
+def test_what_openssl_had_begun_is_finished_however_it_is_cut_now(pair: Sockets) -> None:
+    ours, theirs = pair
+    ours.setblocking(False)
+    pieces = [b"a" * 1_000, b"b" * 1_000, b"c" * 1_000]
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += ours.sendmsg(pieces)
+    received = bytearray()
+    while len(received) < filled:
+        received += theirs.recv(1 << 14)
+    ours.settimeout(PATIENCE)
+    sent = ours.send(pieces[0])  # the first of what it had begun
+    ours.sendall(b"".join(pieces)[sent:])
+    while len(received) < filled + 3_000:
+        received += theirs.recv(1 << 14)
+    assert received == b"".join(pieces) * (filled // 3_000 + 1)
+
+
 def test_one_thread_reads_while_others_send(pair: Sockets) -> None:
     """Blocking channels, as workers have: who waits for a frame keeps nobody from sending."""
     ours, theirs = (Channel(sock) for sock in pair)
@@ -355,6 +374,28 @@ def test_a_peer_that_is_cut_off_is_an_error_after_what_came_before(pair: Sockets
     assert ours.recv(10) == b""
     with pytest.raises(OSError):
         ours.sendall(bytes(1 << 26))
+
+
+def test_what_was_delivered_outlasts_a_close_with_something_unread(pair: Sockets) -> None:
+    ours, theirs = pair
+    ours.sendall(b"never read")
+    wait_until_readable(theirs, 10)
+    theirs.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += theirs.send(bytes(10_000))
+    assert not theirs.deliver(0.05)
+    received = bytearray()
+    while len(received) < sent:
+        received += ours.recv(1 << 14)
+    theirs.settimeout(PATIENCE)
+    rest = 10_000 - theirs.send(bytes(10_000))  # what it had begun
+    assert rest == 0
+    theirs.sendall(b"last words")
+    assert theirs.deliver(PATIENCE)
+    theirs.close()
+    assert ours.recv(1 << 14) + ours.recv(1 << 14) == bytes(10_000) + b"last words"
 
 
 def wait_until_readable(sock: TlsSocket, count: int) -> None:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiber.errors import AuthenticationError, StartError
@@ -34,10 +34,12 @@ __all__ = ["TlsSocket", "client_context", "make_certificate", "server_context", 
 _YEARS = 5  # longer than any session
 _JOIN = 1 << 16  # bytes of small pieces that are joined for one send
 _SEND = 1 << 18  # bytes of a large piece that are sent at a time
+_SO_NWRITE = 0x1024  # macOS: bytes that were not acknowledged; `socket` does not know it
 _RECEIVE = 1 << 20  # bytes that one `recv_into` takes at the most
 _OPTIONS = {
     # A peer that vanished without a word, as a machine does that lost its power: an idle
-    # connection notices in 10 + 3 * 5 seconds, one with bytes on their way in 25.
+    # connection notices in 10 + 3 * 5 seconds, one with bytes on their way in 25. The latter holds
+    # for a peer too that is there but for so long reads nothing of more than its system buffers.
     "TCP_NODELAY": 1,
     "TCP_KEEPIDLE": 10,
     "TCP_KEEPALIVE": 10,  # macOS's name for the one above
@@ -323,6 +325,31 @@ class TlsSocket:
         count = self._do(self._ssl.send, data)
         self._unsent = None
         return count
+
+    def deliver(self, timeout: float) -> bool:
+        """Wait until the peer's system has all that was sent; return whether it has.
+
+        Before a close, or the end of the process, if the peer may have sent something that was not
+        read: TCP then resets the connection, and drops what is still on its way.
+        """
+        deadline = monotonic() + timeout
+        pause = 0.0005
+        while self._undelivered():
+            if monotonic() + pause > deadline:
+                return False
+            sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return True
+
+    def _undelivered(self) -> int:
+        """How many bytes the peer's system has not acknowledged."""
+        if sys.platform == "darwin":
+            return self._ssl.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
+        import fcntl
+        import termios
+
+        size = fcntl.ioctl(self._ssl.fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(size, sys.byteorder)
 
     # Waiting -----------------------------------------------------------------------------------
 
