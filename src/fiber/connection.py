@@ -28,7 +28,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 from fiber.errors import BufferTooShort
-from fiber.runtime import session
+from fiber.runtime import reach, session
 from fiber.runtime.descriptors import lend
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import pieces, reduce_as_registered
@@ -52,6 +52,7 @@ __all__ = [
 
 address_type = _mp.address_type  # type: ignore[attr-defined]
 
+_CONNECT_TIMEOUT = 30.0  # seconds, to a listener on another host
 _SIZE = struct.Struct("!i")
 _LARGE_SIZE = struct.Struct("!iQ")  # the first is -1
 _MAX_SIZE = 0x7FFFFFFF
@@ -324,6 +325,8 @@ def _unlink(path: str) -> None:
 def Client(address: Any, family: str | None = None, authkey: bytes | None = None) -> Connection:
     """Connect to a `Listener`, and return the connection.
 
+    One at a path in the folder of its process's session is found wherever that process runs.
+
     Args:
         address: of the listener.
         family: of the address, if that does not tell.
@@ -333,4 +336,14 @@ def Client(address: Any, family: str | None = None, authkey: bytes | None = None
         AuthenticationError: the listener does not know the key.
         OSError: nobody listens there.
     """
+    if isinstance(address, str) and reach.is_far(address):
+        connection = Connection(reach.join(address, _CONNECT_TIMEOUT))
+        if authkey is not None:
+            try:
+                answer_challenge(connection, authkey)
+                deliver_challenge(connection, authkey)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
     return _adopt(_mp.Client(address, family, authkey))

@@ -253,24 +253,21 @@ class Popen:
             os.close(write_end)
             self._sentinel = (read_end, -1)
 
-    def duplicate_for_child(self, fd: int) -> int:
+    def duplicate_for_child(self, fd: int) -> Any:
         """Have a duplicate of `fd` go along with the process; return what `DupFd` wants."""
-        if not self._takes_fds:
-            raise TypeError(
-                "an object that holds a file descriptor cannot be passed to a process of another "
-                "machine"
-            )
-        from fiber.runtime.descriptors import Descriptor
+        from fiber.runtime.descriptors import Descriptor, lend
 
+        if not self._takes_fds:
+            return lend(fd)
         self._fds.append(Descriptor.duplicate(fd))
         return len(self._fds) - 1
 
     @staticmethod
-    def DupFd(place: int) -> Any:
+    def DupFd(place: Any) -> Any:
         """Return what stands for a descriptor that goes along, as multiprocessing asks for it."""
         from fiber.runtime.descriptors import DupFd
 
-        return DupFd(place)
+        return DupFd(place) if isinstance(place, int) else place
 
     def close(self) -> None:
         """Free what is held for the process."""

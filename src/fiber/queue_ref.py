@@ -23,7 +23,7 @@ from fiber.errors import PeerDied
 from fiber.runtime import session
 from fiber.runtime.loop import Event
 from fiber.runtime.refs import GRACE, Here, Peer, Ref, Way
-from fiber.served.queue import PARTS, Item, ServedQueue
+from fiber.served.queue import PARTS, Item, ServedQueue, in_buffers
 from fiber.wire.blocks import Block
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, dumps, is_flat, loads
@@ -134,7 +134,9 @@ class QueueRef(Ref):
             item = self._lend(item, way)
         whole, buffers = (None, item) if type(item) is list else (item, ())
         # A home that was stopped reads this when nobody waits any more: then it must not be put.
-        until = None if seconds is None else monotonic() + seconds + GRACE / 2
+        # That is for the clock of this host only.
+        timed = seconds is not None and way.near
+        until = monotonic() + seconds + GRACE / 2 if timed and seconds is not None else None
         call = self.call_for("put_one", (whole, seconds, until), buffers, timeout=seconds)
         return call is not None and bool(call.result)
 
@@ -143,6 +145,8 @@ class QueueRef(Ref):
         whole = item[0] == _WHOLE
         parts = item[1:] if whole else item
         blocks = self.session.blocks
+        if not way.near:
+            return in_buffers(parts, whole)
         with way.loop:
             if blocks.is_worth_waiting(sum(map(len, parts))):
                 back = Event()
@@ -150,11 +154,7 @@ class QueueRef(Ref):
                 way.loop.wait_within(back, monotonic() + _PAUSE)
                 blocks.on_back = None
             block = blocks.lend(parts, whole=whole)
-        if block is not None:
-            return block
-        if whole:
-            return [pickle.dumps(item[1], PROTOCOL)]
-        return [item[0], *map(bytearray, item[1:])]
+        return in_buffers(parts, whole) if block is None else block
 
     def flush(self) -> None:
         """Send what is pending."""

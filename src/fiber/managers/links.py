@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 
 from fiber.connection import Client, Connection, answer_challenge, deliver_challenge
 from fiber.errors import AuthenticationError, PeerDied
-from fiber.runtime import session
+from fiber.runtime import folders, session
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import PLAIN, pieces
 
@@ -396,4 +396,6 @@ def remember(remote: Remote) -> None:
 
 def is_ours(home: str) -> bool:
     """Whether the home of a process, by its address, is in this process's session."""
-    return any(home.startswith(f"unix:{folder}/") for folder in session.known_folders())
+    folder = os.path.dirname(home.removeprefix("unix:"))
+    known = {folders.session_of(folder) for folder in session.known_folders()}
+    return folders.is_place(folder) and folders.session_of(folder) in known

@@ -4,7 +4,7 @@
 
     at any other time:   lend ─► Loans, of the process that sends
                            │        ▲
-                        a pickle    │ the descriptor, by SCM_RIGHTS
+                        a pickle    │ the descriptor, by SCM_RIGHTS, or a relayed stream
                            ▼        ▼
                          claim, where it is unpickled ─► Descriptor
 
@@ -23,16 +23,21 @@ import errno
 import fcntl
 import os
 import pickle
-from collections.abc import Iterator
+import socket
+import stat
+from collections.abc import Callable, Iterator
 from threading import get_ident
 from typing import Any, NamedTuple
 
 from fiber.errors import AuthenticationError, PeerDied
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
+from fiber.runtime.gateway import read_frame
 from fiber.runtime.loop import Event, Link, Loop, Timer
-from fiber.runtime.reach import connect
+from fiber.runtime.reach import connect, is_far
+from fiber.runtime.splice import Pipe
 from fiber.wire import pickling
+from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
 
 __all__ = ["Descriptor", "DupFd", "Loans", "claim", "going_along", "lend"]
@@ -153,9 +158,16 @@ class _Kept:
 
 
 class Loans:
-    """Keeps what this process has lent. All methods within the loop, save `linger` and `forget`."""
+    """Keeps what this process has lent. All methods within the loop, save `linger` and `forget`.
 
-    def __init__(self, loop: Loop, endpoint: Endpoint) -> None:
+    Args:
+        loop: of this process.
+        endpoint: where it is asked for.
+        carry: of the session, for streams to other places.
+    """
+
+    def __init__(self, loop: Loop, endpoint: Endpoint, carry: Callable[..., object]) -> None:
+        self._carry = carry
         self.address = endpoint.address
         self.loop = loop
         self._kept: dict[Identity, _Kept] = {}
@@ -221,6 +233,7 @@ class Loans:
     def _arrived(self, link: Link, hello: dict[str, Any]) -> None:
         handed: list[Descriptor] = []
         error: Exception | None = None
+        elsewhere = hello["elsewhere"]
         try:
             handed.append(self.hand_out(hello["number"], Identity(*hello["identity"])))
         except (LookupError, OSError) as why:
@@ -231,8 +244,21 @@ class Loans:
             handed.clear()  # not before: macOS loses what is closed before it has arrived
 
         link.on_frame, link.on_lost = _ignore, lost
+        if handed and elsewhere:
+            link.post(HANDED, pickle.dumps(error))
+            self._relay(link.release(), handed[0])
+            return
         self._links.add(link)
         link.post(HANDED, pickle.dumps(error), (), handed)
+
+    def _relay(self, far: Any, descriptor: Descriptor) -> None:
+        """Have a process of another place use a descriptor of ours, by a stream to it."""
+        fd = descriptor.detach()
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            self._carry(far, socket.socket(fileno=fd))
+            return
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        self._carry(far, Pipe(fd), (access != os.O_WRONLY, access != os.O_RDONLY))
 
     def linger(self) -> None:
         """Wait, when the process is about to end, for what it lent to be claimed, but not long."""
@@ -274,8 +300,8 @@ def lend(fd: int, lease: float | None = _LEASE) -> Lent:
 def claim(address: str, number: int, identity: tuple[int, ...]) -> Descriptor:
     """Get what was lent from the process that lent it; may be called within the loop.
 
-    A stream of its own is made for each, so that for a process of another machine, to whom no
-    descriptor can be given, that very stream could be relayed to it.
+    A process of another place, which can be given no descriptor, gets a stream of its own that is
+    relayed by the lender. It lasts as long as both of them live.
 
     Args:
         address: of the lender's endpoint.
@@ -301,12 +327,15 @@ def claim(address: str, number: int, identity: tuple[int, ...]) -> Descriptor:
 
 def _claim_from(address: str, facts: dict[str, Any]) -> Descriptor:
     frames: list[Frame] = []
+    elsewhere = is_far(address.removeprefix("unix:"))
     try:
         channel = connect(address, _TIMEOUT)
+        if elsewhere:
+            return _claim_stream(channel, facts)
         try:
             channel.takes_fds = True
             channel.sock.settimeout(_TIMEOUT)
-            channel.send(HELLO, pickle.dumps({"service": SERVICE, **facts}))
+            channel.send(HELLO, pickle.dumps({"service": SERVICE, "elsewhere": False, **facts}))
             while not frames:
                 frames = channel.read()
             error = pickle.loads(frames[0].body)
@@ -321,6 +350,24 @@ def _claim_from(address: str, facts: dict[str, Any]) -> Descriptor:
             f"the process that sent a connection or its like cannot be asked for it: {error}"
         ) from error
     raise OSError(errno.EMFILE, "this process has too many open files (see ulimit -n)")
+
+
+def _claim_stream(channel: Channel, facts: dict[str, Any]) -> Descriptor:
+    """Get a stream of our own to a descriptor of a process in another place."""
+    try:
+        channel.sock.settimeout(_TIMEOUT)
+        channel.send(HELLO, pickle.dumps({"service": SERVICE, "elsewhere": True, **facts}))
+        error = pickle.loads(read_frame(channel.sock)[1])
+        if error is not None:
+            raise error
+        near, ours = socket.socketpair()
+        session = session_module.current()
+        with _within(session.loop):
+            session.carry(channel.sock, near)
+        return Descriptor(ours.detach())
+    except BaseException:
+        channel.close()
+        raise
 
 
 def _within(loop: Loop) -> contextlib.AbstractContextManager[object]:

@@ -61,7 +61,8 @@ def main(sock: Any) -> NoReturn:
     with open(take(SECRET_FILE), "rb") as file:
         secret = file.read()
     sock.close()  # Fiber is here; for what else is needed there is another when it is
-    folder, _ = folders.make(secret)
+    home = os.path.dirname(network.address.removeprefix("unix:"))
+    folder, _ = folders.make(secret, folders.session_of(home))
     reach = Reach(network, secret)
     try:
         channel = reach.channel(owner, _CONNECT_TIMEOUT)

@@ -34,6 +34,7 @@ SESSION_LINK = "session"  # in a session's folder for shared memory: where its o
 ENTRY = "shm:"  # begins the names of a session's entries for shared memory outside its folders
 _PREFIX = f"fiber-{os.getuid()}-"
 _MEMORY = "/dev/shm"  # not on macOS, where files have to do
+_IDENTITY = 4  # random bytes by which sessions, and places of one, are told from each other
 _MAX_PATH = 104  # of a Unix socket: 108 on Linux, 104 on macOS, with the final zero
 
 
@@ -44,21 +45,36 @@ def memory_folder(folder: str) -> str:
     return folder
 
 
-def make(secret: bytes) -> tuple[str, int]:
-    """Make the session's folder; return it and a descriptor, locked while the master lives."""
+def make(secret: bytes, session: str = "") -> tuple[str, int]:
+    """Make a folder of a session; return it and a descriptor, locked while its maker lives.
+
+    Args:
+        secret: of the session.
+        session: its identity, for a place of it on another host; empty for a new session.
+    """
     import tempfile  # not needed to import Fiber, and slow
 
     base = tempfile.gettempdir()
-    if len(os.path.join(base, f"{_PREFIX}4194304-abcdefgh", "4194304.sock")) > _MAX_PATH:
+    if len(os.path.join(base, f"{_PREFIX}4194304-0123456789abcdef", "4194304.sock")) > _MAX_PATH:
         base = "/tmp"
     # It gets its name when it is locked: until then `sweep` would take it for abandoned.
     new = tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=base)
     fd = os.open(os.path.join(new, SECRET_FILE), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     os.write(fd, secret)
-    folder = os.path.join(base, f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
+    folder = os.path.join(base, f"{_PREFIX}{os.getpid()}-{session}{os.urandom(_IDENTITY).hex()}")
     os.rename(new, folder)
     return folder, fd
+
+
+def session_of(folder: str) -> str:
+    """Return the identity of the session that a folder belongs to; all its places have the same."""
+    return os.path.basename(folder).rpartition("-")[2][: 2 * _IDENTITY]
+
+
+def is_place(folder: str) -> bool:
+    """Whether it is called as folders of sessions are, on whatever host."""
+    return os.path.basename(folder).startswith("fiber-")
 
 
 def master(folder: str) -> int:

@@ -27,7 +27,7 @@ from fiber.wire.framing import HEADER
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["SERVICE", "Elsewhere", "Gateway", "Refused", "open_stream"]
+__all__ = ["SERVICE", "Elsewhere", "Gateway", "Refused", "open_stream", "read_frame"]
 
 SERVICE = "gateway"
 """What a caller of the endpoint asks for in its hello."""
@@ -179,8 +179,7 @@ def open_stream(
     try:
         sock.settimeout(max(deadline - monotonic(), 0.001))
         channel.send(HELLO, pickle.dumps({"service": SERVICE, "to": path, "redirect": redirect}))
-        kind, _, size = HEADER.unpack(_exactly(sock, HEADER.size))
-        body = _exactly(sock, size)
+        kind, body = read_frame(sock)
         if kind == REFUSED:
             raise Refused(*pickle.loads(body))
         if kind == ELSEWHERE:
@@ -190,6 +189,12 @@ def open_stream(
         channel.close()
         raise
     return sock
+
+
+def read_frame(sock: Any) -> tuple[int, bytes]:
+    """Read one frame without buffers and nothing of what follows; return its kind and body."""
+    kind, _, size = HEADER.unpack(_exactly(sock, HEADER.size))
+    return kind, _exactly(sock, size)
 
 
 def _exactly(sock: Any, size: int) -> bytes:

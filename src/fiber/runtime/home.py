@@ -104,6 +104,11 @@ class Client:
     def __str__(self) -> str:
         return f"{self.name} (process {self.process[1]})"
 
+    @property
+    def near(self) -> bool:
+        """Whether it is in the home's own place, so that there may be shared memory."""
+        return self.process[0] in ("", self.home.me.process[0])
+
     def on_frame(self, frame: Frame) -> None:
         kind, body, buffers = frame
         if kind == CALL:

@@ -17,12 +17,22 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
+from fiber.runtime import folders
 from fiber.runtime import session as session_module
 from fiber.runtime.gateway import Elsewhere, Refused, open_stream
 from fiber.wire import channel as wire
 from fiber.wire.channel import Channel
 
-__all__ = ["Network", "Reach", "authenticated", "connect", "is_here", "join", "open_directly"]
+__all__ = [
+    "Network",
+    "Reach",
+    "authenticated",
+    "connect",
+    "is_far",
+    "is_here",
+    "join",
+    "open_directly",
+]
 
 _DIRECT = 3.0  # seconds in which a gateway must answer that can be reached directly
 
@@ -138,6 +148,11 @@ def is_here(path: str) -> bool:
     return folder in session_module.known_folders() or os.path.isdir(folder)
 
 
+def is_far(path: str) -> bool:
+    """Whether `path` is that of a socket in another place."""
+    return folders.is_place(os.path.dirname(path)) and not is_here(path)
+
+
 def connect(address: str, timeout: float) -> Channel:
     """Connect to a listener of this session, wherever it is; return the channel, blocking.
 
@@ -161,11 +176,9 @@ def join(path: str, timeout: float) -> int:
     """
     import socket
 
-    from fiber.runtime.splice import Splice
-
     far = session_module.reach().stream(path, timeout)
     ours, theirs = socket.socketpair()
     session = session_module.current()
     with session.loop:
-        Splice(session.loop, far, theirs)
+        session.carry(far, theirs)
     return ours.detach()

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Container, Iterator, Sequence
 from multiprocessing.process import current_process
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -30,7 +31,7 @@ from fiber.runtime import folders, logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
 from fiber.runtime.endpoint import Endpoint
 from fiber.runtime.logs import DEBUG, WARNING, log
-from fiber.runtime.loop import Loop
+from fiber.runtime.loop import Event, Loop
 from fiber.runtime.signals import Deferral
 from fiber.wire.auth import new_secret
 from fiber.wire.channel import Channel
@@ -43,8 +44,12 @@ if TYPE_CHECKING:
     from fiber.runtime.reach import Reach
     from fiber.runtime.refs import Ref, Way
     from fiber.runtime.remote import RemoteAgent
+    from fiber.runtime.splice import Splice
 
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
+
+_LAST_BYTES = 10.0  # seconds in which the last of a stream to another place must be on its way
+_LOOK_AGAIN = 0.005  # seconds
 
 
 class Session:
@@ -78,6 +83,8 @@ class Session:
         self._memory_hold: int | None = None
         self.reader = Reader()
         self._loans: Loans | None = None
+        self._splices: set[Splice] = set()
+        """Streams of other places that this process carries."""
         self._ways: dict[str, Way] = {}
         self.refs: WeakValueDictionary[tuple[str, int], Ref] = WeakValueDictionary()
         """References to served objects that this process has, by address and identity."""
@@ -127,8 +134,16 @@ class Session:
         if self._loans is None:
             from fiber.runtime.descriptors import Loans
 
-            self._loans = Loans(self.loop, self.endpoint)
+            self._loans = Loans(self.loop, self.endpoint, self.carry)
         return self._loans
+
+    def carry(self, far: Any, near: Any, can: tuple[bool, bool] = (True, True)) -> None:
+        """Carry the bytes of a stream to another place; see `Splice`. Within the loop."""
+        from fiber.runtime.splice import Splice
+
+        splice = Splice(self.loop, far, near, can, self._splices.discard)
+        if not splice.closed:
+            self._splices.add(splice)
 
     def memory_folder(self) -> str:
         """Return the folder for files that are shared memory, made if it is not there."""
@@ -163,7 +178,8 @@ class Session:
         name = _inherited.get("name") or current_process().name
         # Whether a process that `os.fork` made ended well, nobody would hear.
         supervised = bool(_inherited.get("supervised") or (_forebears and not _inherited))
-        process = (self._folder or "", os.getpid())  # of a fork that has no folder nobody asks
+        place = self._folder or next(iter(_forebears), "")  # a fork may have no folder
+        process = (place, os.getpid())
         return {"name": name, "process": process, "supervised": supervised}
 
     def known_names(self) -> Container[str] | None:
@@ -360,6 +376,8 @@ class Session:
                 self._home.close()
             if self._loans is not None:
                 self._loans.close()
+            for splice in list(self._splices):
+                splice.close()
             for agent in (*self._agents.values(), *self._remote_agents):
                 agent.close()
             if self._orders is not None:
@@ -391,8 +409,14 @@ class Session:
                     log(WARNING, "what was put into a queue is lost: %s", error)
         for way in list(self._ways.values()):
             way.drain()
-        if self._loans is not None and self._lock is None:
+        if self._loans is not None and (self._lock is None or self._orders is not None):
             self._loans.linger()
+        deadline = monotonic() + _LAST_BYTES
+        while monotonic() < deadline:
+            with self.loop:
+                if all(splice.idle for splice in self._splices):
+                    break
+            self.loop.wait(Event(), _LOOK_AGAIN)
 
     def _let_go_of_memory(self) -> None:
         if self._memory_hold is not None:

@@ -9,6 +9,7 @@ side ends, the other gets what is pending and is closed.
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,17 @@ class Splice:
                 return
         one.update()
         other.update()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is pending, and nothing waits to be read at `other`."""
+        if self.closed:
+            return True
+        other = self._other
+        waits = select.poll()
+        waits.register(other.fd, select.POLLIN)
+        unread = not other.ended and any(events & select.POLLIN for _, events in waits.poll(0))
+        return not (self._one.pending or unread)
 
     def close(self) -> None:
         """Close both."""

@@ -20,8 +20,10 @@ queue has been empty for a moment.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from time import monotonic
 from typing import Any
@@ -30,8 +32,10 @@ from fiber.errors import PeerDied
 from fiber.runtime.home import Client, Home, Request, Served, settle
 from fiber.runtime.loop import Timer
 from fiber.wire.blocks import Block
+from fiber.wire.framing import Buffer
+from fiber.wire.pickling import PROTOCOL
 
-__all__ = ["PARTS", "Item", "ServedQueue"]
+__all__ = ["PARTS", "Item", "ServedQueue", "in_buffers"]
 
 Item = Any
 """An object in a queue. A bytearray is its pickle, a list its pickle with large buffers behind it,
@@ -39,6 +43,19 @@ a `Block` tells where these are; anything else is the object itself, which canno
 
 PARTS = "parts"
 """The answer to a `get` whose item, a list, is in the buffers."""
+
+
+def in_buffers(parts: Sequence[Buffer], whole: bool) -> list[Buffer]:
+    """Return an item whose large parts travel as buffers of a message, and are its own.
+
+    Args:
+        parts: a pickle and its buffers, or the one bytes object itself.
+        whole: whether it is that.
+    """
+    if whole:
+        return [pickle.dumps(parts[0], PROTOCOL)]
+    return [parts[0], *map(bytearray, parts[1:])]
+
 
 _STALL = 1.0  # seconds that a queue is empty before waiters are told who died
 _TURN = 0.002  # seconds that a process may take what it was granted ahead while others wait
@@ -374,6 +391,12 @@ class ServedQueue(Served):
             if self.items:
                 self._grant_ahead(grants)
         for request, _, granted in grants:
+            if type(granted[0]) is Block and not request.client.near:
+                try:
+                    granted[0] = self._unblocked(granted[0])
+                except PeerDied as error:
+                    request.fail(error)
+                    continue
             lease = self._leases.get(request.client)
             if lease is None:
                 request.answer(granted)
@@ -384,6 +407,16 @@ class ServedQueue(Served):
                 request.answer((start, PARTS), granted[0])
             else:
                 request.answer((start, granted))
+
+    def _unblocked(self, block: Block) -> list[Buffer]:
+        """Return what is in a block, for a process that cannot map it."""
+        try:
+            found = self.home.reader.read(block)
+        except OSError as error:
+            raise PeerDied(f"an item is lost, for its shared memory is gone: {error}") from None
+        finally:
+            self.home.block_read(block)
+        return in_buffers([found] if isinstance(found, bytes) else found, block.whole)
 
     def _grant_ahead(self, grants: list[tuple[Request, int, list[Item]]]) -> None:
         """Add more items to what one process is granted: the one that has waited the longest."""
