@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -84,10 +85,10 @@ class Access:
                 config.load_incluster_config(client_configuration=self._configuration)
                 namespace = namespace or detect.own_namespace()
             else:
-                config.load_kube_config(
-                    context=place.context, client_configuration=self._configuration
-                )
-                namespace = namespace or _namespace_of(config, place.context)
+                # The client itself would look at the variable when it is imported, and never again.
+                path = os.environ.get("KUBECONFIG") or None
+                config.load_kube_config(path, place.context, self._configuration)
+                namespace = namespace or _namespace_of(config, path, place.context)
         except (config.ConfigException, OSError) as error:
             raise StartError(
                 f"No Kubernetes cluster is configured here ({_one_line(error)}): set KUBECONFIG or "
@@ -308,8 +309,8 @@ def _refusal(error: Any) -> ApiError:
     return ApiError(int(error.status or 0), reason, message or reason or _one_line(error))
 
 
-def _namespace_of(config: Any, context: str | None) -> str:
-    contexts, active = config.list_kube_config_contexts()
+def _namespace_of(config: Any, path: str | None, context: str | None) -> str:
+    contexts, active = config.list_kube_config_contexts(path)
     chosen = next((entry for entry in contexts if entry["name"] == context), active)
     return str((chosen.get("context") or {}).get("namespace") or "")
 

@@ -255,7 +255,9 @@ def load_template(value: object) -> Object:
 
 def _asked(job: JobSpec, name: str, settings: Settings, secret_name: str) -> Object:
     """On top of all: what this job asks for."""
-    environment: list[Object] = [{"name": k, "value": v} for k, v in job.environment.items()]
+    environment: list[Object] = [
+        {"name": key, "value": _literal(value)} for key, value in job.environment.items()
+    ]
     environment += [
         {"name": detect.POD, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
         {"name": detect.NAMESPACE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
@@ -264,7 +266,7 @@ def _asked(job: JobSpec, name: str, settings: Settings, secret_name: str) -> Obj
     container: Object = {
         "name": CONTAINER,
         "image": settings.image,
-        "command": list(job.command),
+        "command": [_literal(word) for word in job.command],
         "args": [],
         "env": environment,
         "resources": _resources(job, settings),
@@ -289,6 +291,11 @@ def _asked(job: JobSpec, name: str, settings: Settings, secret_name: str) -> Obj
         "metadata": _metadata(name, job.session, settings),
         "spec": spec,
     }
+
+
+def _literal(text: str) -> str:
+    """Kubernetes would put variables in for what looks like $(NAME), and one $ for two."""
+    return text.replace("$", "$$")
 
 
 def _resources(job: JobSpec, settings: Settings) -> Object:
@@ -334,7 +341,7 @@ def relay(name: str, command: Sequence[str], settings: Settings) -> Object:
     container: Object = {
         "name": CONTAINER,
         "image": settings.image,
-        "command": list(command),
+        "command": [_literal(word) for word in command],
         "resources": {
             "requests": {"cpu": "50m", "memory": "64Mi"},
             "limits": {"memory": "512Mi"},

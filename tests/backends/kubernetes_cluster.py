@@ -1,0 +1,110 @@
+"""The real cluster of the tests: a namespace for each test, and what the tests look at in it.
+
+`KUBECONFIG` names it; nodes have the image local/python:3.11, a stock Python without Fiber.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiber.backends.kubernetes.backend import KubernetesBackend
+from fiber.config import config
+
+IMAGE = "local/python:3.11"
+MASTER_IMAGE = "local/fiber-master:3.11"
+TEST_BED = Path("/var/cache/k8s-ci/cluster")
+PATIENCE = 60.0
+
+if "KUBECONFIG" not in os.environ and (TEST_BED / "admin.kubeconfig").exists():
+    os.environ["KUBECONFIG"] = str(TEST_BED / "admin.kubeconfig")
+
+
+@functools.cache
+def core() -> Any:
+    """The client of the administrator."""
+    kubernetes = pytest.importorskip("kubernetes")
+    configuration = type.__call__(kubernetes.client.Configuration)
+    kubernetes.config.load_kube_config(
+        os.environ.get("KUBECONFIG"), client_configuration=configuration
+    )
+    return kubernetes.client.CoreV1Api(kubernetes.client.ApiClient(configuration))
+
+
+def probe() -> None:
+    """Raise what keeps the tests from using the cluster."""
+    nodes = core().list_node(_request_timeout=5).items
+    ready = [
+        n for n in nodes for c in n.status.conditions if (c.type, c.status) == ("Ready", "True")
+    ]
+    assert ready, "none of its nodes is ready"
+
+
+def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Return what `condition` returns when it is true."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    return pytest.fail(f"after {patience:g} s still not: {what}")
+
+
+class Namespace:
+    """A namespace, and what tests do in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def pods(self) -> list[Any]:
+        return list(core().list_namespaced_pod(self.name).items)
+
+    def secrets(self) -> list[str]:
+        found = core().list_namespaced_secret(self.name).items
+        return [s.metadata.name for s in found if s.type == "Opaque"]
+
+    def delete(self, pod: str, grace: int = 0) -> None:
+        core().delete_namespaced_pod(pod, self.name, grace_period_seconds=grace)
+
+    def is_empty(self) -> bool:
+        return not self.pods() and not self.secrets()
+
+
+@contextlib.contextmanager
+def new_namespace() -> Iterator[Namespace]:
+    """Make a namespace, and delete it with all that is in it."""
+    name = f"fiber-test-{os.urandom(4).hex()}"
+    core().create_namespace({"metadata": {"name": name}})
+    until(
+        lambda: core().list_namespaced_service_account(name).items, f"the service account of {name}"
+    )
+    try:
+        yield Namespace(name)
+    finally:
+        core().delete_collection_namespaced_pod(name, grace_period_seconds=0)
+        core().delete_namespace(name)
+        core().api_client.rest_client.pool_manager.clear()  # no connection is left open
+
+
+def configure(namespace: Namespace) -> None:
+    """Let the backend use a namespace, and the image that the nodes have."""
+    config.init(
+        image=IMAGE, kubernetes_namespace=namespace.name, kubernetes_pull_policy="IfNotPresent"
+    )
+
+
+@contextlib.contextmanager
+def new_backend() -> Iterator[KubernetesBackend]:
+    backend = KubernetesBackend()
+    try:
+        yield backend
+    finally:
+        backend.close()
