@@ -36,6 +36,7 @@ class Master:
         asked: the questions, as kind and body.
         hellos: what came first on each connection.
         elsewhere: the source of a `fiber.runtime.elsewhere` that stands in for the real one.
+        away: whether the files of Fiber get names that this machine does not have.
     """
 
     def __init__(self, project: Project, host: str = "127.0.0.1") -> None:
@@ -45,6 +46,7 @@ class Master:
         self.asked: list[tuple[int, bytes]] = []
         self.hellos: list[dict[str, Any]] = []
         self.elsewhere: str | None = None
+        self.away = False
         self.greeting: Callable[[bytes], bytes] = lambda greeting: greeting
         self._server = Server(project)
         self._sock = socket.create_server(
@@ -120,6 +122,11 @@ class Master:
         kind, answer = self._server.answer(frame.kind, body)
         if kind == protocol.BUNDLE and self.elsewhere is not None:
             modules = marshal.loads(zlib.decompress(answer))
+            if self.away:
+                modules = {
+                    name: (is_package, f"/nowhere{file}", source, None)
+                    for name, (is_package, file, source, _) in modules.items()
+                }
             modules[ELSEWHERE] = (False, "/home/elsewhere.py", self.elsewhere, None)
             answer = zlib.compress(marshal.dumps(modules))
         return kind, answer

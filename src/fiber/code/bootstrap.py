@@ -23,6 +23,7 @@ import ssl
 import struct
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -286,6 +287,8 @@ def main() -> None:
             sys.meta_path.insert(0, Bundle(data, wanted))
     except OSError as error:
         sys.exit(f"fiber: the connection to the master at {address} broke: {error}.")
+    # Until 3.12 the interpreter's own looks for a traceback's lines in files only.
+    sys.excepthook = traceback.print_exception
     elsewhere = importlib.import_module("fiber.runtime.elsewhere")
     elsewhere.main(sock)
 

@@ -22,6 +22,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, ModuleType
 
 from fiber.code.protocol import MODULE, REFUSED, Module, unpack
+from fiber.errors import AuthenticationError
 from fiber.wire.channel import Channel
 
 __all__ = ["Client", "Finder"]
@@ -176,7 +177,7 @@ class Client:
         """
         try:
             kind, body = self.ask(MODULE, importlib.util.MAGIC_NUMBER + name.encode())
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, AuthenticationError) as error:
             reason = str(error) or "it closed the connection"
             raise ImportError(
                 f"the project's module {name} cannot be fetched from the master: {reason}",

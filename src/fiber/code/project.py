@@ -152,7 +152,7 @@ def _list(folder: str) -> Iterable[str]:
     if os.path.isfile(folder):
         with zipfile.ZipFile(folder) as archive:
             entries = {entry.partition("/")[::2] for entry in archive.namelist()}
-        files = {(name, bool(rest)) for name, rest in entries}
+        files = {(name, bool(rest) or name.endswith(suffixes)) for name, rest in entries}
     else:
         with os.scandir(folder) as found:
             files = {
