@@ -85,7 +85,7 @@ class DockerBackend:
             wanted = arguments(spec, name, image, {label: value}, network, number - 1)
             try:
                 key = engine.client.containers.create(**wanted.create).id
-            except TypeError as error:
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
                 raise ConfigError(
                     "The config key 'docker_options' holds what containers.create of Docker's SDK "
                     f"does not take: {error}"

@@ -18,7 +18,7 @@ from fiber.backends.docker.tails import Tail
 
 __all__ = ["Container"]
 
-_OOM_COMES_LATE = 1.0  # seconds
+_COMES_LATE = 1.0  # seconds, until what was not heard will not be heard any more
 _NOT_FOUND = 127  # what a shell, docker-init and the engine say when there is no such command
 
 
@@ -40,7 +40,8 @@ class Container:
         self._node = node
         self._out_of_memory = False
         self._signalled = False
-        self._died: tuple[int, float] | None = None
+        self._died: int | None = None
+        self._undecided_since: float | None = None
         self._status = JobStatus(JobState.PENDING, node=node)
 
     @property
@@ -55,12 +56,13 @@ class Container:
 
     @property
     def undecided(self) -> bool:
-        """Whether it has ended and may still turn out to have been out of memory."""
-        return self._died is not None and not self.ended
+        """Whether it is there no more, and an event may still tell why."""
+        return self._undecided_since is not None and not self.ended
 
     def status(self, now: float) -> JobStatus:
         """Return how it is."""
-        if self._died is not None and not self.ended and now - self._died[1] > _OOM_COMES_LATE:
+        since = self._undecided_since
+        if since is not None and not self.ended and now - since > _COMES_LATE:
             self._decide()
         if self._out_of_memory and not self.ended:
             return self._status._replace(reason="OOMKilled", message=self._about_memory())
@@ -86,10 +88,12 @@ class Container:
             self._signalled |= attributes.get("signal", "") in asked
         elif action == "die":
             with contextlib.suppress(ValueError):
-                self._died = int(attributes.get("exitCode", "")), now
-            late = self._died is not None and self._died[0] == 128 + signal.SIGKILL
-            if not late or not self._limit or self._signalled or self._out_of_memory:
+                self._died = int(attributes.get("exitCode", ""))
+            killed = self._died == 128 + signal.SIGKILL
+            if not killed or not self._limit or self._signalled or self._out_of_memory:
                 self._decide()
+            else:
+                self._undecided_since = now
         elif action == "destroy":
             self._decide()
 
@@ -98,21 +102,17 @@ class Container:
         if not self.ended:
             self._status = JobStatus(JobState.ENDED, -signal.SIGKILL, node=self._node)
 
-    def lose(self, why: str) -> None:
-        """It is not there any more, and nobody knows how it ended."""
-        if not self.ended:
-            self._status = JobStatus(
-                JobState.ENDED,
-                reason="NodeLost",
-                node=self._node,
-                message=f"The container {self.name} is gone, and how it ended is not known: {why}",
-            )
+    def miss(self, now: float) -> None:
+        """It is not there any more, and nothing was heard of its end yet."""
+        if not self.undecided:
+            self._undecided_since = now
 
     def _decide(self) -> None:
-        if self._died is None:
-            self.lose("the engine removed it without a word about its end.")
+        code = self._died
+        if code is None:
+            why = f"The container {self.name} is gone, and the engine does not say how it ended."
+            self._status = JobStatus(JobState.ENDED, None, "NodeLost", self._node, why)
             return
-        code = self._died[0]
         exit_code = 128 - code if 128 < code <= 128 + 64 else code
         reason, message = self._why(code)
         self._status = JobStatus(JobState.ENDED, exit_code, reason, self._node, message)

@@ -189,15 +189,8 @@ class Engine:
                 self.changed.notify_all()
 
     def _catch_up(self) -> None:
-        """Look up what happened while nobody listened."""
+        """Look at what is there after nobody listened; what the engine remembers follows."""
         there = {entry["Id"]: entry for entry in self._list()}
-        until = self.api.info()["SystemTime"]
-        buffered = self.api.events(since=0, until=until, filters=self._ours(), decode=True)
-        try:
-            for event in buffered:
-                self._hear(event)
-        finally:
-            buffered._response.close()
         with self.changed:
             containers = list(self._containers.values())
             doomed, self._doomed = self._doomed, set()
@@ -212,8 +205,7 @@ class Engine:
                 self._look_at(container)
             elif state is None:
                 with self.changed:
-                    container.lose("the engine was away at that time.")
-                    self._containers.pop(container.key, None)
+                    container.miss(time.monotonic())
 
     def _look_at(self, container: Container) -> None:
         try:
@@ -223,11 +215,11 @@ class Engine:
         now = time.monotonic()
         with self.changed:
             if found is None:
-                container.lose("the engine was away at that time.")
-            else:
-                if found["OOMKilled"]:
-                    container.hear("oom", {}, now)
-                container.hear("die", {"exitCode": str(found["ExitCode"])}, now)
+                container.miss(now)
+                return
+            if found["OOMKilled"]:
+                container.hear("oom", {}, now)
+            container.hear("die", {"exitCode": str(found["ExitCode"])}, now)
 
     def _list(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.api.containers(all=True, filters={"label": self.label})
