@@ -39,13 +39,12 @@ PACKAGES = ("cloudpickle", "fiber")
 MAGIC = b"\xf1fiber\r\n"
 VERSION = 1
 HELLO, BUNDLE, REFUSED = 1, 101, 103  # kinds of frames
-OPTIONS = {  # as `wire.tls` has them: a peer that vanished is noticed in 25 seconds
+OPTIONS = {  # as `wire.tls` has them
     "TCP_NODELAY": 1,
     "TCP_KEEPIDLE": 10,
     "TCP_KEEPALIVE": 10,
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 25000,
 }
 
 
@@ -174,9 +173,9 @@ def reach(
             # Not all at the same moment, where hundreds of jobs wait for one master.
             time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
             pause = min(2 * pause, 2)
-    tried = "; ".join(f"{address} ({reason})" for address, reason in reasons.items())
+    tried = "; ".join(f"{address} ({reason})" for address, reason in reasons.items()) or "nothing"
     sys.exit(
-        f"fiber: this job cannot reach its master; tried {tried or 'nothing'}. If the addresses "
+        f"fiber: this job cannot reach its master; tried {tried}. If the addresses "
         "are right, see whether the program still runs, and whether a firewall or network policy "
         "keeps the job from it."
     )

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import marshal
 import os
+import re
 import threading
 import zlib
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 __all__ = ["PACKAGES", "bundle", "content_hash"]
 
 PACKAGES = ("cloudpickle", "fiber")
+
+_AT_MASTERS = re.compile(r"fiber\.(backends\.\w+\.|cli|testing|__main__)")
+"""What a job hardly ever imports: of these, the source will do."""
 
 _LEVEL = 6  # of compression; 9 takes three times as long for one percent less
 _lock = threading.Lock()
@@ -40,7 +44,8 @@ def bundle(magic: bytes) -> bytes:
     """Return Fiber for a Python whose `importlib.util.MAGIC_NUMBER` is `magic`.
 
     It is a marshalled and compressed dictionary: by the name of each module, whether it is a
-    package, its file, its source, and its code, marshalled, or None for a Python of another magic.
+    package, its file, its source, and its code, marshalled; this is None for a Python of another
+    magic, and where it is hardly ever wanted.
     """
     loader = _bundled()
     if loader is not None:
@@ -97,7 +102,7 @@ def _bundle(with_code: bool) -> bytes:
     modules = {}
     for _, name, is_package, path, source in _files():
         code = None
-        if with_code:
+        if with_code and not _AT_MASTERS.match(name):
             # By way of the cache of compiled files. Each is marshalled by itself, so that a worker
             # unpacks those only that it imports.
             compiled = SourceFileLoader(name, path).get_code(name)
