@@ -199,8 +199,10 @@ def test_a_pod_that_somebody_deletes(namespace: Namespace, backend: KubernetesBa
     assert ended(backend, ours).reason == ""
 
 
+@pytest.mark.slow  # the kubelet looks once a minute
+@pytest.mark.timeout(240)
 def test_evicted_by_the_node(namespace: Namespace, backend: KubernetesBackend) -> None:
-    """A pod whose container writes more than its limit of disk is evicted by the kubelet."""
+    """A pod that writes more into a volume than that may hold is evicted by its kubelet."""
     config.kubernetes_template = {
         "spec": {
             "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1Mi"}}],
@@ -215,7 +217,7 @@ def test_evicted_by_the_node(namespace: Namespace, backend: KubernetesBackend) -
     backend.close()  # the template is read at the first use
     program = "open('/scratch/x', 'wb').write(b'x' * 2**23); import time; time.sleep(300)"
     (job,) = backend.submit([spec(program)])
-    status = status_of(backend, job, lambda status: status.state is JobState.ENDED)
+    (status,) = backend.wait([job], 200)
     assert status.reason == "Evicted"
     assert status.reason in BLAMELESS
     assert "scratch" in status.message

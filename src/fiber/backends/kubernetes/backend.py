@@ -309,11 +309,15 @@ class _Life:
 
     def _seen(self, pod: dict[str, Any]) -> None:
         name = pod["metadata"]["name"]
-        unwanted = None
+        unwanted, taken = None, ""
         with self._lock:
             job = self._jobs.get(name)
+        uid = pod["metadata"]["uid"]
+        if job is not None and job.would_be_deleted(pod):
+            taken = self._taken_by().get(uid, "")
+        with self._lock:
             if job is not None and not job.gone:
-                job.seen(pod, time.monotonic())
+                job.seen(pod, time.monotonic(), taken)
                 going_on = pod["status"].get("phase") not in ("Succeeded", "Failed")
                 if job.ended and not job.ours and job.status.exit_code is None and going_on:
                     unwanted = job  # it has ended for us, and the cluster would go on trying
@@ -330,7 +334,7 @@ class _Life:
         with self._lock:
             jobs = [self._jobs.get(pod["metadata"]["name"]) for pod in pods]
             unknown = [job for job in jobs if job and not (job.ended or job.ours)]
-        reasons = self._taken_by(unknown) if unknown else {}
+        reasons = self._taken_by() if unknown else {}
         with self._lock:
             for job in jobs:
                 if job is not None:
@@ -342,14 +346,14 @@ class _Life:
                 relay.vanished()
         self._creation.try_again()
 
-    def _taken_by(self, jobs: Sequence[KubernetesJob]) -> dict[str, str]:
-        """Why pods were deleted, as far as the cluster's events say."""
+    def _taken_by(self) -> dict[str, str]:
+        """Who deleted which pods (by uid), as far as the cluster's events say."""
         found = {}
         for event, reason in (("Preempted", "Preempted"), ("TaintManagerEviction", "NodeLost")):
             with contextlib.suppress(ApiError):
                 for entry in self._access.events(f"reason={event}"):
                     found[entry["involvedObject"].get("uid", "")] = reason
-        return {job.uid: found[job.uid] for job in jobs if job.uid in found}
+        return found
 
     # addresses
 

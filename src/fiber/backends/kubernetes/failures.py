@@ -141,7 +141,7 @@ def unschedulable(
         said: by the scheduler.
         largest: what the node with most of it has free of each resource; None: nobody may know.
     """
-    lacking = list(dict.fromkeys(re.findall(r"[Ii]nsufficient ([\w./-]+)", said)))
+    lacking = list(dict.fromkeys(re.findall(r"[Ii]nsufficient ([\w./-]*\w)", said)))
     pods = f"{waiting} of {of} pods wait" if of > 1 else "the pod waits"
     if not lacking:
         return f"{pods}: {_short(said)}"
@@ -299,7 +299,7 @@ def _failed(
 ) -> tuple[str, str, str]:
     """Return reason, node and sentence for a command that failed, or that never ran."""
     said = ended.get("message") or status.get("message") or ""
-    word = reason or status.get("reason") or "Error"
+    word = status.get("reason") or reason or "Error"
     how = "ended" if code is None else _ending(code)
     if word in ("ContainerCannotRun", "StartError"):
         how = "cannot run its command, is python3 in its image?"

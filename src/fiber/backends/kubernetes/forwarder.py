@@ -76,7 +76,8 @@ class WebSocket:
                 if len(view) < head + size:
                     break
                 done = head + size
-                self._message(kind, view[head:done], found)
+                with view[head:done] as body:
+                    self._message(kind, body, found)
         del self._in[:done]
         return bytes(found)
 

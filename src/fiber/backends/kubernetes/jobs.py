@@ -75,18 +75,25 @@ class KubernetesJob:
 
     def was_created(self) -> None:
         """The API server has made the pod."""
-        self.created = True
-        if self.status.state is JobState.PENDING:
+        if not self.created and not self.ended:  # the watch may have brought it before the answer
             self.status = JobStatus(JobState.PENDING)
+        self.created = True
 
-    def seen(self, pod: Mapping[str, Any], now: float) -> None:
-        """The watch has brought the pod as it is now."""
+    def would_be_deleted(self, pod: Mapping[str, Any]) -> bool:
+        """Whether the pod as it is now has ended because somebody deleted it."""
+        open_ = not (self.ended or self.ours)
+        return open_ and failures.read(pod).reason == "Deleted"
+
+    def seen(self, pod: Mapping[str, Any], now: float, taken: str = "") -> None:
+        """The watch has brought the pod as it is now; `taken`: who deleted it, if that is known."""
         self.created = True
         self._uid = pod["metadata"]["uid"]
         if self.ended:
             return
         status = failures.read(pod, ours=self.ours)
         self._node = status.node or self._node
+        if status.reason == "Deleted" and taken:
+            status = failures.gone(self._name, self._node, status.exit_code, taken)
         if status.reason == "ImagePull" and status.state is JobState.PENDING:
             status = self._waiting_for_image(pod, status, now)
         self.status = status

@@ -315,7 +315,8 @@ class Mux:
                 end = done + HEADER.size + body
                 if len(view) < end:
                     break
-                self.frame(number, kind, size, view[done + HEADER.size : end])
+                with view[done + HEADER.size : end] as part:
+                    self.frame(number, kind, size, part)
                 done = end
         finally:
             view.release()
