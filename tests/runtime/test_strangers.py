@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import logging
 import math
 import os
 import pickle
@@ -20,12 +19,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.runtime.strangers import (
+    ATTACKS,
+    HELLO_SIZE,
+    PATIENCE,
+    Attack,
+    Live,
+    call,
+    read_exactly,
+    read_to_the_end,
+    sockets_of,
+    warnings_in,
+)
 
 import fiber
 from fiber.errors import AuthenticationError
@@ -35,193 +45,7 @@ from fiber.runtime.endpoint import HELLO
 from fiber.wire import framing
 from fiber.wire.auth import CallerHandshake, ListenerHandshake, new_secret
 from fiber.wire.channel import connect
-from fiber.wire.framing import HEADER, FrameError, FrameReader, encode
-
-PATIENCE = 20.0
-HELLO_SIZE = 44
-
-_looked_up: list[str] | None = None
-
-
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event == "pickle.find_class" and _looked_up is not None:
-        _looked_up.append(f"{args[0]}.{args[1]}")
-
-
-sys.addaudithook(_audit)
-
-
-class Bomb:
-    """Creates a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture
-def bomb(tmp_path: Path) -> Iterator[bytes]:
-    """A pickle that must never be loaded."""
-    global _looked_up
-    proof = tmp_path / "unpickled"
-    _looked_up = []
-    data = pickle.dumps(Bomb(proof))
-    yield data
-    looked_up, _looked_up = _looked_up, None
-    assert not proof.exists(), "what a stranger sent was unpickled"
-    assert not [name for name in looked_up if name.endswith(".mkdir")]
-    with pytest.raises(FileNotFoundError):
-        os.rmdir(proof)
-    pickle.loads(data)
-    os.rmdir(proof)  # so it would have worked
-
-
-class Live:
-    """A session with a pool that works all the time, and says at the end that all was right."""
-
-    def __init__(self, pool: Any) -> None:
-        self.pool = pool
-        self.path = sockets_of(session.current().folder)[0]
-        self._stop = threading.Event()
-        self._rounds = 0
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        self.goes_on()
-
-    def _work(self) -> None:
-        wanted = [math.factorial(n % 50) for n in range(1_000)]
-        try:
-            while not self._stop.is_set():
-                items = [n % 50 for n in range(1_000)]
-                assert self.pool.map_async(math.factorial, items).get(PATIENCE) == wanted
-                self._rounds += 1
-        except BaseException as error:
-            self._error = error
-
-    def goes_on(self) -> None:
-        """Wait until a map has begun and ended after now."""
-        wanted = self._rounds + 2
-        deadline = time.monotonic() + PATIENCE
-        while self._rounds < wanted:
-            assert self._error is None, self._error
-            assert time.monotonic() < deadline, "the pool hangs"
-            time.sleep(0.001)
-
-    def end(self) -> None:
-        self.goes_on()
-        self._stop.set()
-        self._thread.join(PATIENCE)
-        assert self._error is None
-
-
-def sockets_of(folder: str | Path) -> list[str]:
-    return [str(p) for p in Path(folder).iterdir() if stat.S_ISSOCK(p.stat().st_mode)]
-
-
-@pytest.fixture
-def live(bomb: bytes, caplog: pytest.LogCaptureFixture) -> Iterator[Live]:
-    with fiber.Pool(2) as pool:
-        live = Live(pool)
-        yield live
-        live.end()
-
-
-def call(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(PATIENCE)
-    sock.connect(path)
-    return sock
-
-
-def read_to_the_end(sock: socket.socket) -> bytes:
-    """Return all that comes until the other side closes; fails if it does not."""
-    data = b""
-    with contextlib.suppress(ConnectionError):
-        while piece := sock.recv(1 << 16):
-            data += piece
-    return data
-
-
-def read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = sock.recv(size - len(data))
-        assert piece
-        data += piece
-    return data
-
-
-def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-# What strangers do ------------------------------------------------------------------------------
-
-Attack = Callable[[socket.socket, bytes], object]
-
-
-def random_bytes(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(random.Random(1).randbytes(5_000) + bomb)
-
-
-def a_pickle(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(bomb)
-
-
-def a_frame(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(b"".join(bytes(piece) for piece in encode(HELLO, bomb)))
-
-
-def a_huge_length(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(HEADER.pack(HELLO, 0, (1 << 64) - 1) + bomb)
-
-
-def http(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-
-
-def multiprocessing_connection(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(len(bomb).to_bytes(4, "big") + bomb)
-
-
-def the_wrong_secret(sock: socket.socket, bomb: bytes) -> None:
-    caller = CallerHandshake(new_secret())
-    sock.sendall(caller.feed(read_exactly(sock, HELLO_SIZE)))
-    sock.sendall(b"".join(bytes(piece) for piece in encode(HELLO, bomb)))
-
-
-def no_proof(sock: socket.socket, bomb: bytes) -> None:
-    caller = CallerHandshake(new_secret())
-    answer = caller.feed(read_exactly(sock, HELLO_SIZE))[:HELLO_SIZE]
-    sock.sendall((answer + bomb).ljust(HELLO_SIZE + 32, b"\0"))
-
-
-def the_greeting_sent_back(sock: socket.socket, bomb: bytes) -> None:
-    sock.sendall(read_exactly(sock, HELLO_SIZE) + bomb)
-
-
-def another_version(sock: socket.socket, bomb: bytes) -> None:
-    caller = CallerHandshake(new_secret())
-    answer = bytearray(caller.feed(read_exactly(sock, HELLO_SIZE)))
-    answer[9] ^= 64
-    sock.sendall(answer + bomb)
-
-
-ATTACKS: list[Attack] = [
-    random_bytes,
-    a_pickle,
-    a_frame,
-    a_huge_length,
-    http,
-    multiprocessing_connection,
-    the_wrong_secret,
-    no_proof,
-    the_greeting_sent_back,
-    another_version,
-]
+from fiber.wire.framing import FrameError, FrameReader, encode
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)

@@ -192,7 +192,7 @@ class AgentElsewhere(Agent):
             print(f"fiber: the agent cannot call its master back: {error}", file=sys.stderr)
             return
         try:
-            stream = connect_here(path)
+            stream = connect_here(path, self.folder)
         except OSError as error:
             reason = (error.errno, error.strerror)
             channel.send(HELLO, pickle.dumps({"token": token, "error": reason}))

@@ -23,7 +23,7 @@ from fiber.runtime.loop import Link, Loop
 from fiber.runtime.poller import READ, WRITE
 from fiber.wire.auth import ListenerHandshake
 from fiber.wire.channel import Channel
-from fiber.wire.framing import Frame
+from fiber.wire.framing import Buffer, Frame
 
 if TYPE_CHECKING:
     import ssl
@@ -85,7 +85,7 @@ class Endpoint:
     def expect(self, token: str, arrived: Expected) -> None:
         """Have `arrived(link, hello)` called, once, when the holder of `token` connects.
 
-        It sets the link's `on_frame` and `on_lost`.
+        It sets the link's `on_frame` and `on_lost`, or raises, which closes the link.
         """
         self._expected[token] = arrived
 
@@ -132,6 +132,8 @@ class Endpoint:
                 sock, _ = listener.accept()
             except BlockingIOError:
                 return
+            except ConnectionAbortedError:  # it left while it waited, as some systems tell
+                continue
             except OSError as error:  # out of descriptors: it stays in the queue, so wait a little
                 self._refuse(f"it could not be accepted: {error.strerror}")
                 self._loop.modify(listener.fileno(), 0)
@@ -156,6 +158,18 @@ class Endpoint:
         if level == WARNING:
             self._told.add(reason)
         log(level, "refused a connection to %s: %s", self.address, reason)
+
+
+def _unpickle(body: Buffer) -> Any:
+    """Return what a peer that has proved itself sent; None if that cannot be read.
+
+    A session's own processes send nothing of the kind; who does loses its connection, and no more.
+    """
+    try:
+        return pickle.loads(body)
+    except Exception as error:
+        log(DEBUG, "a hello cannot be unpickled: %r", error)
+        return None
 
 
 class _Port:
@@ -188,20 +202,24 @@ class _Caller:
         late = f"its handshake took more than {HANDSHAKE_TIMEOUT:.0f} seconds"
         self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, lambda: self.refuse(late))
         sock.setblocking(False)
-        self._loop.register(sock.fileno(), READ, self._ready)
 
     def begin(self) -> None:
         """Begin the handshake; with that of TLS, if there is one."""
         if self._context is None:
+            self._loop.register(self._sock.fileno(), READ, self._ready)
             self._send(self._handshake.greeting)
             return
         from fiber.wire.tls import TlsSocket
 
         try:
+            self._sock.getpeername()  # fails for one who has left: `ssl` would not close it
             self._sock = TlsSocket(self._sock, self._context, server_side=True)
         except OSError:
-            self.refuse(_CLOSED)
+            self._forget()
+            self._sock.close()
+            self._endpoint._refuse(_CLOSED)
             return
+        self._loop.register(self._sock.fileno(), READ, self._ready)
         self._secure()
 
     def _secure(self) -> None:
@@ -209,6 +227,9 @@ class _Caller:
             self._sock.handshake()
         except BlockingIOError:
             self._loop.modify(self._sock.fileno(), WRITE if self._sock.wants_write else READ)
+            return
+        except ConnectionResetError:
+            self.refuse(_CLOSED)
             return
         except OSError as error:
             self.refuse(str(error))
@@ -257,16 +278,24 @@ class _Caller:
     def _greeted(self, frame: Frame) -> None:
         """The peer belongs to the session: hand its link to who expects it."""
         assert self._link is not None
-        hello = pickle.loads(frame.body) if frame.kind == HELLO else {}
+        hello = _unpickle(frame.body) if frame.kind == HELLO else None
+        if not isinstance(hello, dict):
+            self.refuse("its first message is no hello")
+            return
         if "service" in hello:
-            arrived = self._endpoint._services.get(hello["service"])
+            arrived = self._endpoint._services.get(str(hello["service"]))
         else:
-            arrived = self._endpoint._expected.pop(hello.get("token", ""), None)
+            arrived = self._endpoint._expected.pop(str(hello.get("token", "")), None)
         if arrived is None:
             self.refuse(_LATE)
             return
         self._forget()
-        arrived(self._link, hello)
+        try:
+            arrived(self._link, hello)
+        except Exception as error:  # as for a hello that lacks what the service wants to know
+            self._link.close()
+            self._link.on_lost()
+            self._endpoint._refuse(f"its hello was of no use: {error!r}")
 
     def drain(self) -> None:
         """Handle its hello, if that is here."""

@@ -11,9 +11,11 @@ is; if whoever asks cannot get there, the master has a stream brought from there
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import socket
+import stat
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -68,16 +70,18 @@ class Gateway:
         endpoint.serve(SERVICE, self._arrived)
 
     def _arrived(self, link: Link, hello: dict[str, Any]) -> None:
-        path: str = hello["to"]
+        path = hello.get("to")
+        if not isinstance(path, str) or "\0" in path:
+            raise ValueError(f"the gateway was asked for {path!r}, which is no path")
         link.on_frame, link.on_lost = _ignore, _nothing
         folder = os.path.dirname(path)
         if folder == self._folder:
             try:
-                self._join(link, connect_here(path))
+                self._join(link, connect_here(path, self._folder))
             except OSError as error:
                 self._refuse(link, error)
             return
-        addresses = self._where(folder) if hello["redirect"] else ()
+        addresses = self._where(folder) if hello.get("redirect") else ()
         if addresses:
             link.post(ELSEWHERE, pickle.dumps(list(addresses)))
         elif self._bring is None:
@@ -125,8 +129,15 @@ def _nothing() -> None:
     """Whoever asked is gone before it was answered."""
 
 
-def connect_here(path: str) -> socket.socket:
-    """Connect to a socket of this place, without blocking; raises OSError."""
+def connect_here(path: str, folder: str) -> socket.socket:
+    """Connect to a socket of this place, which is `folder`, without blocking; raises OSError.
+
+    What is no socket itself, such as a link to one, is none of this place: it may lead out of it.
+    """
+    if os.path.dirname(path) != folder:
+        raise FileNotFoundError(errno.ENOENT, "that is not in this place")
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "that is no socket of a session")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

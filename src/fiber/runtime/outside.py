@@ -27,7 +27,7 @@ from fiber.resources import Resources
 from fiber.runtime.agents import DIAL
 from fiber.runtime.gateway import Gateway, Refused
 from fiber.runtime.jobs import Jobs, Ticket
-from fiber.runtime.logs import DEBUG, log
+from fiber.runtime.logs import DEBUG, ERROR, log
 from fiber.runtime.loop import Event, Link
 from fiber.runtime.orders import JOBS, STATUS, STOP, Told
 from fiber.runtime.reach import authenticated, open_directly
@@ -148,16 +148,23 @@ class Outside:
         ends: dict[int, Callable[[], object]] = {}
 
         def on_frame(frame: Frame) -> None:
-            number, *facts = pickle.loads(frame.body)
-            if frame.kind == STOP:
-                ends.pop(number, lambda: None)()
+            try:
+                number, *facts = pickle.loads(frame.body)
+                if frame.kind == STOP:
+                    ends.pop(number, lambda: None)()
+                    return
+                backend, name, asked, token, owner = facts
+                resources = Resources(*asked)
+            except Exception as error:  # no process of a session sends such a thing
+                log(ERROR, "a connection is closed, for what came is no order of a job: %r", error)
+                link.close()
+                on_lost()
                 return
 
             def told(status: JobStatus, job: str) -> None:
                 link.post(STATUS, pickle.dumps((number, status, job)))
 
-            backend, name, resources, token, owner = facts
-            ends[number] = self.order(backend, name, Resources(*resources), token, owner, told)
+            ends[number] = self.order(backend, name, resources, token, owner, told)
 
         def on_lost() -> None:
             self._links.discard(link)
@@ -181,7 +188,7 @@ class Outside:
         self.places.pop(folder, None)
 
     def _serve_place(self, link: Link, hello: dict[str, Any]) -> None:
-        folder = hello["place"]
+        folder, gateway = str(hello["place"]), [str(host) for host in hello["gateway"]]
 
         def on_lost() -> None:
             self.place_is_gone(folder)
@@ -190,7 +197,7 @@ class Outside:
         link.on_frame, link.on_lost = lambda frame: None, on_lost
         self._links.add(link)
         dial = lambda token, path: link.post(DIAL, pickle.dumps((token, path)))  # noqa: E731
-        self.place_is_there(folder, hello["gateway"], dial)
+        self.place_is_there(folder, gateway, dial)
 
     def _where(self, folder: str) -> Sequence[str]:
         place = self.places.get(folder)
