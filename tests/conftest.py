@@ -5,16 +5,23 @@ session folder or shared memory may be there that was not there before. What end
 moment to do so; what is still there then is named, and ended where it is a process.
 
 The run marks its environment, and everything that it starts inherits the mark; so a process that
-lost its parent is still found, and other runs on this machine are not mistaken for ours.
+lost its parent is still found, and other runs on this machine are not mistaken for ours. Containers
+carry the mark as a label.
+
+Engines that are not there are skipped, unless they have to be there: `FIBER_TEST_ENGINES` names
+those, with commas between them: "docker,kubernetes".
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import http.client
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +30,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -32,6 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "TESTS_OF_FIBER"
 RUN = f"{os.getpid()}-{time.time_ns()}"
 PATIENCE = 5.0
+# Read before the fixture that clears FIBER_ variables.
+REQUIRED = {name for name in os.environ.get("FIBER_TEST_ENGINES", "").split(",") if name}
+DOCKER_SOCKET = "/var/run/docker.sock"
 
 settings.register_profile("fiber", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("fiber")
@@ -130,8 +142,44 @@ def _of_others(name: str) -> bool:
     return pid != os.getpid() and psutil.pid_exists(pid) and pid not in _marked()
 
 
+class _Engine(http.client.HTTPConnection):
+    """The Docker engine of this machine: asked without its SDK, which takes long to import."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(DOCKER_SOCKET)
+
+
+def _ask_engine(method: str, path: str) -> list[Any]:
+    engine = _Engine("docker")
+    try:
+        engine.request(method, path)
+        found = json.loads(engine.getresponse().read() or b"[]")
+    except OSError:  # a test may have it away
+        return []
+    finally:
+        engine.close()
+    return found if isinstance(found, list) else []
+
+
+def _containers() -> dict[object, str]:
+    """Containers with this run's mark, or of a session of a process of this run."""
+    if _engines.get("docker") != "":  # not asked for yet, or it does not answer
+        return {}
+    filters = quote(json.dumps({"label": ["fiber.session"]}))
+    found = _ask_engine("GET", f"/containers/json?all=1&filters={filters}")
+    ours = {str(pid) for pid in (*_marked(), os.getpid())} if found else set()
+    named: dict[object, str] = {}
+    for container in found:
+        labels = container["Labels"]
+        if labels.get(MARK) == RUN or labels["fiber.session"].partition("-")[0] in ours:
+            named[container["Id"]] = f"container {container['Names']} ({container['Status']})"
+    return named
+
+
 def _everything() -> dict[object, str]:
-    kinds = (_processes, _threads, _descriptors, _folders, _shared_memory)
+    kinds = (_processes, _threads, _descriptors, _folders, _shared_memory, _containers)
     return {(kind, key): name for kind in kinds for key, name in kind().items()}
 
 
@@ -163,9 +211,34 @@ def nothing_left_behind() -> Iterator[None]:
     for kind, key in left:  # type: ignore[misc]
         if kind is _processes:
             _kill(key)
+        if kind is _containers:
+            _ask_engine("DELETE", f"/containers/{key}?force=1&v=1")
     if left:
         names = "\n  and ".join(left.values())
         pytest.fail(f"{PATIENCE:g} s after the test there is still {names}", pytrace=False)
+
+
+# Whether engines are there, by name: "" if so, else why not.
+_engines: dict[str, str] = {}
+
+
+@pytest.fixture(scope="session")
+def engine() -> Callable[[str, Callable[[], None]], None]:
+    """`engine(name, probe)`: go on if `probe` raises nothing; else skip, or fail if it must be."""
+
+    def require(name: str, probe: Callable[[], None]) -> None:
+        if name not in _engines:
+            try:
+                probe()
+                _engines[name] = ""
+            except Exception as error:
+                _engines[name] = f"{type(error).__name__}: {error}"
+        if _engines[name] and name in REQUIRED:
+            pytest.fail(f"FIBER_TEST_ENGINES asks for {name}: {_engines[name]}", pytrace=False)
+        if _engines[name]:
+            pytest.skip(f"no {name} answers here: {_engines[name]}")
+
+    return require
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,183 @@
+"""Processes elsewhere, and the objects that they share with the master and each other."""
+
+from __future__ import annotations
+
+import pytest
+from tests.elsewhere.sites import PROGRAMS, Site
+
+
+def test_processes(site: Site) -> None:
+    program = site.run(PROGRAMS / "processes.py", quiet=False)
+    assert program.lines == ["done"]
+    assert program.err.count("Traceback") == 1
+    assert program.err.splitlines()[-1] == "ValueError: as it should"
+
+
+@pytest.mark.parametrize("kind", ["queues", "locks", "values"])
+def test_served_objects(site: Site, kind: str) -> None:
+    assert site.run(PROGRAMS / "objects.py", kind).lines == ["done"]
+
+
+def test_pipes(site: Site) -> None:
+    assert site.run(PROGRAMS / "pipes.py").lines == ["done"]
+
+
+def test_managers(site: Site) -> None:
+    assert site.run(PROGRAMS / "managers.py").lines == ["done"]
+
+
+MEMORY = """
+import fiber
+from fiber import shared_memory
+
+def use(name):
+    shared_memory.SharedMemory(name)
+
+def change(raw):
+    raw.value = 1
+
+if __name__ == "__main__":
+    block = shared_memory.SharedMemory(create=True, size=100)
+    for target, what in ((use, block.name), (change, fiber.RawValue("i"))):
+        process = fiber.Process(target=target, args=(what,))
+        process.start()
+        process.join()
+        print(process.exitcode)
+    block.close()
+    block.unlink()
+"""
+
+
+def test_what_needs_common_memory_says_that_there_is_none(site: Site) -> None:
+    program = site.run(MEMORY, quiet=False)
+    assert program.lines == ["1", "1"]
+    assert program.err.count("in another container or on another machine") == 2, program.err
+
+
+RING = """
+import socket
+import fiber
+
+def meet(ring):
+    global me
+    me = ring
+    ring.barrier(60)
+
+def run(rank, size):
+    # As a library does: rank 0 listens at the ring's address, the others connect to it.
+    if rank == 0:
+        with socket.create_server(("", me.address[1])) as server:
+            server.settimeout(60)
+            me.barrier(60)
+            for _ in range(size - 1):
+                line, _ = server.accept()
+                with line:
+                    print("member", line.recv(100).decode(), "came", flush=True)
+    else:
+        me.barrier(60)
+        with socket.create_connection(me.address, 60) as line:
+            line.sendall(str(rank).encode())
+    places.append(me.members[rank].ip)
+
+places = []
+if __name__ == "__main__":
+    fiber.Ring(3, run, meet).run()
+    print("done")
+"""
+
+
+def test_members_of_a_ring_meet_at_its_address(site: Site) -> None:
+    lines = site.run(RING).lines
+    assert sorted(lines[:2]) == ["member 1 came", "member 2 came"]
+    assert lines[2:] == ["done"]
+
+
+RING_FAILS = """
+import fiber, os
+
+def fail(rank, size):
+    if rank == 1:
+        raise ValueError("member one")
+    fiber.Event().wait()
+
+def die(rank, size):
+    if rank == 1:
+        os._exit(5)
+    fiber.Event().wait()
+
+if __name__ == "__main__":
+    for func in (fail, die):
+        try:
+            fiber.Ring(2, func).run()
+        except fiber.RingBroken as error:
+            print(error)
+"""
+
+
+def test_a_ring_that_breaks_says_who_broke_it(site: Site) -> None:
+    first, second = site.run(RING_FAILS, quiet=False).lines
+    assert "member 1 of the ring failed: ValueError: member one" in first
+    assert "exit code 5" in second
+
+
+BESIDE = """
+import os, socket
+import fiber
+
+def where(queue):
+    queue.put((socket.gethostname(), os.getppid()))
+
+def tell(_):
+    return socket.gethostname()
+
+if __name__ == "__main__":
+    here = socket.gethostname()
+    queue = fiber.Queue()
+    contexts = [fiber.get_context(name) for name in ("local", BACKEND)]
+    processes = [context.Process(target=where, args=(queue,)) for context in contexts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print(sorted(queue.get()[0] == here for _ in processes))
+    with contexts[0].Pool(1) as local, contexts[1].Pool(1) as other:
+        print(local.apply(tell, (0,)) == here, other.apply(tell, (0,)) == here)
+"""
+
+
+def test_two_backends_side_by_side(site: Site) -> None:
+    program = site.run(BESIDE.replace("BACKEND", repr(site.backend)), env={"FIBER_BACKEND": ""})
+    assert program.lines == ["[False, True]", "True False"]
+
+
+MULTIPROCESSING = """
+import fiber as multiprocessing
+from fiber import Pool, Process, Queue, connection, managers, pool, queues, synchronize
+import concurrent.futures
+import socket
+
+def square(x):
+    return x * x
+
+def fill(queue, barrier):
+    queue.put(square(3))
+    barrier.wait()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context()
+    manager = context.Manager()
+    queue, barrier = context.Queue(), manager.Barrier(2)
+    process = context.Process(target=fill, args=(queue, barrier))
+    process.start()
+    barrier.wait()
+    print(queue.get())
+    process.join()
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
+        print(list(executor.map(square, range(4))))
+        print(executor.submit(socket.gethostname).result() != socket.gethostname())
+    manager.shutdown()
+"""
+
+
+def test_programs_that_know_multiprocessing_alone(site: Site) -> None:
+    assert site.run(MULTIPROCESSING).lines == ["9", "[0, 1, 4, 9]", "True"]
