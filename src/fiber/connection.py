@@ -28,7 +28,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 from fiber.errors import BufferTooShort
-from fiber.runtime import reach, session
+from fiber.runtime import places, session
 from fiber.runtime.descriptors import lend
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import pieces, reduce_as_registered
@@ -336,8 +336,8 @@ def Client(address: Any, family: str | None = None, authkey: bytes | None = None
         AuthenticationError: the listener does not know the key.
         OSError: nobody listens there.
     """
-    if isinstance(address, str) and reach.is_far(address):
-        connection = Connection(reach.join(address, _CONNECT_TIMEOUT))
+    if isinstance(address, str) and places.is_far(address):
+        connection = Connection(places.join(address, _CONNECT_TIMEOUT))
         if authkey is not None:
             try:
                 answer_challenge(connection, authkey)

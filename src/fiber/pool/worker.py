@@ -42,8 +42,8 @@ from fiber.pool.protocol import (
     split,
 )
 from fiber.runtime.endpoint import HELLO
+from fiber.runtime.places import connect
 from fiber.runtime.poller import Patience
-from fiber.runtime.reach import connect
 from fiber.wire import exceptions
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Buffer, Frame
@@ -55,6 +55,7 @@ HOLD = 0.02
 """Seconds in one batch after which what waits behind it is given back."""
 
 _CONNECT_TIMEOUT = 30.0
+_LAST_WORDS = 5.0  # seconds that the last results may take to arrive
 
 
 def run(address: str, token: str) -> None:
@@ -69,6 +70,7 @@ def run(address: str, token: str) -> None:
     except (EOFError, ConnectionError):
         pass  # gone as well
     finally:
+        channel.deliver(_LAST_WORDS)
         channel.close()
 
 

@@ -178,6 +178,7 @@ class Agent:
                 client.link.flush()
         if not self.processes:
             for client in self.clients:
+                client.link.channel.deliver(_LAST_WORDS)
                 client.link.close()
             self.leave()
 

@@ -32,10 +32,8 @@ from typing import Any, NamedTuple
 from fiber.errors import AuthenticationError, PeerDied
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
-from fiber.runtime.gateway import read_frame
 from fiber.runtime.loop import Event, Link, Loop, Timer
-from fiber.runtime.reach import connect, is_far
-from fiber.runtime.splice import Pipe
+from fiber.runtime.places import connect, is_far
 from fiber.wire import pickling
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -253,6 +251,8 @@ class Loans:
 
     def _relay(self, far: Any, descriptor: Descriptor) -> None:
         """Have a process of another place use a descriptor of ours, by a stream to it."""
+        from fiber.runtime.splice import Pipe
+
         fd = descriptor.detach()
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             self._carry(far, socket.socket(fileno=fd))
@@ -354,6 +354,8 @@ def _claim_from(address: str, facts: dict[str, Any]) -> Descriptor:
 
 def _claim_stream(channel: Channel, facts: dict[str, Any]) -> Descriptor:
     """Get a stream of our own to a descriptor of a process in another place."""
+    from fiber.runtime.gateway import read_frame
+
     try:
         channel.sock.settimeout(_TIMEOUT)
         channel.send(HELLO, pickle.dumps({"service": SERVICE, "elsewhere": True, **facts}))

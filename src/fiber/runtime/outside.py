@@ -11,6 +11,7 @@ certificate that is this session's alone.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -119,6 +120,8 @@ class Outside:
             own = f"{self._host}:{self.port}" if self._host else None
             addresses = [own] if own else list(backend.addresses(self.port))
             self._addresses[backend.name] = addresses
+            # Made once, and here: within the loop, for the first job, it would hold up all else.
+            bundle.bundle(importlib.util.MAGIC_NUMBER)
             log(DEBUG, "%s jobs reach this process at %s", backend.name, ", ".join(addresses))
         return JobSpec(
             name=name,

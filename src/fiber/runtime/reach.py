@@ -1,12 +1,9 @@
-"""How a process reaches the sockets of its session, in whatever place they are.
+"""The way to other places, from a process that is not the master.
 
-    connect(address) ─┬─ here ─────────► Unix socket
-                      └─ elsewhere ────► stream ─► the gateway there, or the master, who brings it
-                                                       │
-    Channel ◄─ handshake, with the very process ◄──────┘
+    stream(path) ─► the gateway of that place, or the master, who brings it
+    channel(address) ─► stream ─► handshake, with the very process there ─► Channel
 
-An address is `unix:` and a path that is nowhere twice, for there is a random part in the name of
-each place. A process knows the master's gateway, and the master knows those of all other places.
+A process knows where the master is, and the master knows the gateways of all other places.
 """
 
 from __future__ import annotations
@@ -17,22 +14,11 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from fiber.runtime import folders
-from fiber.runtime import session as session_module
 from fiber.runtime.gateway import Elsewhere, Refused, open_stream
 from fiber.wire import channel as wire
 from fiber.wire.channel import Channel
 
-__all__ = [
-    "Network",
-    "Reach",
-    "authenticated",
-    "connect",
-    "is_far",
-    "is_here",
-    "join",
-    "open_directly",
-]
+__all__ = ["Network", "Reach", "authenticated", "open_directly"]
 
 _DIRECT = 3.0  # seconds in which a gateway must answer that can be reached directly
 
@@ -140,45 +126,3 @@ def open_directly(
         OSError: the gateway cannot be reached, or its place is gone.
     """
     return open_stream("tcp:" + ",".join(gateway), path, secret, context, timeout, redirect=False)
-
-
-def is_here(path: str) -> bool:
-    """Whether the socket at `path` is in this place, or was."""
-    folder = os.path.dirname(path)
-    return folder in session_module.known_folders() or os.path.isdir(folder)
-
-
-def is_far(path: str) -> bool:
-    """Whether `path` is that of a socket in another place."""
-    return folders.is_place(os.path.dirname(path)) and not is_here(path)
-
-
-def connect(address: str, timeout: float) -> Channel:
-    """Connect to a listener of this session, wherever it is; return the channel, blocking.
-
-    Args:
-        address: `unix:PATH`.
-        timeout: seconds until the channel must be open.
-
-    Raises:
-        AuthenticationError: the listener is not of this session.
-        OSError: nobody listens there, or it did not answer in time.
-    """
-    if is_here(address.removeprefix("unix:")):
-        return wire.connect(address, session_module.secret_for(address), timeout)
-    return session_module.reach().channel(address, timeout)
-
-
-def join(path: str, timeout: float) -> int:
-    """Return a file descriptor of a stream to the socket at `path` in another place.
-
-    What it stands for is carried by this process's loop; raises OSError.
-    """
-    import socket
-
-    far = session_module.reach().stream(path, timeout)
-    ours, theirs = socket.socketpair()
-    session = session_module.current()
-    with session.loop:
-        session.carry(far, theirs)
-    return ours.detach()

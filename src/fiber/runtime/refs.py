@@ -40,13 +40,14 @@ from fiber.runtime.home import (
     Served,
 )
 from fiber.runtime.loop import Event, Link, Loop
-from fiber.runtime.reach import connect, is_here
+from fiber.runtime.places import connect, is_here
 from fiber.runtime.session import Session
 from fiber.wire.framing import Buffer, Frame
 
 __all__ = ["GRACE", "Ref", "lookup", "serve"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
+_LAST_WORDS = 2.0  # seconds that the last that was sent may take to arrive
 GRACE = 2.0
 """Seconds by which a home may be late with the answer "time is out"."""
 
@@ -316,6 +317,7 @@ class Peer:
         if self._link is not None and not self._link.lost:
             self._link.post(GOODBYE, pickle.dumps(orderly))
             self._link.flush()
+            self._link.channel.deliver(_LAST_WORDS)
             self._link.close()
         self._page = None
         self._fail(PeerDied("this process's part in the session has ended"))

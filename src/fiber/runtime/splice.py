@@ -15,11 +15,13 @@ from typing import Any
 
 from fiber.runtime.loop import Loop
 from fiber.runtime.poller import READ, WRITE
+from fiber.wire.tls import TlsSocket
 
 __all__ = ["Pipe", "Splice"]
 
 _MOST = 1 << 18  # bytes pending at which reading stops
 _SIZE = 1 << 16  # bytes that one read takes
+_LAST_BYTES = 10.0  # seconds that the last of a stream may take to arrive
 
 
 class Pipe:
@@ -58,27 +60,35 @@ class _Side:
         self.reads = reads
         self.ended = not reads  # nothing more comes from it
         self.writes = writes
-        self.events = 0
+        self.closed = False
+        self._finishing = False
+        self._events = 0
         stream.setblocking(False)
 
     def update(self) -> None:
         """Watch for what there is to do now."""
         events = WRITE if self.pending else 0
-        if not self.ended and len(self.other.pending) < _MOST:
+        if self._finishing or (not self.ended and len(self.other.pending) < _MOST):
             events |= READ
-        if events != self.events:
+        self._watch(events)
+
+    def _watch(self, events: int) -> None:
+        if events != self._events:
             loop = self.splice.loop
-            if not self.events:
-                loop.register(self.fd, events, self.ready)
+            if not self._events:
+                loop.register(self.fd, events, self._ready)
             elif not events:
                 loop.unregister(self.fd)
             else:
                 loop.modify(self.fd, events)
-            self.events = events
+            self._events = events
 
-    def ready(self, events: int) -> None:
-        if events & WRITE and not self.flush():
+    def _ready(self, events: int) -> None:
+        if self._finishing:
+            self._discard()
             return
+        if events & WRITE:
+            self.flush()
         if events & READ:
             self.read()
         self.splice.go_on()
@@ -97,27 +107,56 @@ class _Side:
                 self.ended = True
             elif other.writes:
                 other.pending += data
-                if not other.flush():
-                    return
+                other.flush()
 
-    def flush(self) -> bool:
-        """Send what is pending as far as it goes; return whether the stream is still there."""
+    @property
+    def holds(self) -> bool:
+        """Whether it keeps back bytes that it has decrypted, which no poll shows."""
+        return not self.ended and isinstance(self.stream, TlsSocket) and self.stream.pending() > 0
+
+    def flush(self) -> None:
+        """Send what is pending as far as it goes."""
         while self.pending:
             try:
                 sent = self.stream.send(self.pending)
             except BlockingIOError:
-                return True
-            except OSError:
-                self.splice.close()
-                return False
+                return
+            except OSError:  # its peer has gone; what came from it before goes its way
+                self.pending = b""
+                self.writes = False
+                self.ended = True
+                return
             self.pending = self.pending[sent:]
-        return True
+
+    def finish(self) -> None:
+        """Nothing more goes to it: close it, over TCP not before the peer has all.
+
+        A close drops what is on its way if something is there that was not read.
+        """
+        if isinstance(self.stream, TlsSocket) and not self.ended:
+            self._finishing = True
+            self.stream.half_close()
+            self.splice.loop.call_later(_LAST_BYTES, self.close)
+            self.update()
+        else:
+            self.close()
+
+    def _discard(self) -> None:
+        try:
+            while self.stream.recv(_SIZE):
+                pass
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self.close()
 
     def close(self) -> None:
-        if self.events:
-            self.splice.loop.unregister(self.fd)
-            self.events = 0
-        self.stream.close()
+        if not self.closed:
+            self._watch(0)
+            self.closed = True
+            self.stream.close()
+            self.splice.side_closed()
 
 
 class Splice:
@@ -140,25 +179,41 @@ class Splice:
     ) -> None:
         self.loop = loop
         self._on_end = on_end
-        self.closed = False
+        self._ending = False
         reads, writes = can
         self._one = _Side(self, one, reads=True, writes=True)
         self._other = _Side(self, other, reads=reads, writes=writes)
         self._one.other, self._other.other = self._other, self._one
-        self._one.read()  # TLS may have decrypted already what epoll will never show
         self.go_on()
 
+    @property
+    def closed(self) -> bool:
+        """Whether both are."""
+        return self._one.closed and self._other.closed
+
     def go_on(self) -> None:
-        """Watch what there is to watch; close when one side has ended and the other has it all."""
+        """Watch what there is to watch; finish when one side has ended and the other has it all."""
         one, other = self._one, self._other
-        if self.closed:
+        if self._ending:
             return
+        while one.holds and len(other.pending) < _MOST:
+            one.read()
+        while other.holds and len(one.pending) < _MOST:
+            other.read()
         for side in (one, other):
-            if side.ended and side.reads and not side.other.pending:
-                self.close()
+            if side.ended and (side.reads or not side.writes) and not side.other.pending:
+                self._ending = True
+                side.close()
+                side.other.finish()
                 return
         one.update()
         other.update()
+
+    def side_closed(self) -> None:
+        """One of them is closed."""
+        if self.closed and self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end(self)
 
     @property
     def idle(self) -> bool:
@@ -166,22 +221,21 @@ class Splice:
         if self.closed:
             return True
         other = self._other
+        if other.closed:
+            return False  # the last bytes are on their way
         waits = select.poll()
         waits.register(other.fd, select.POLLIN)
         unread = not other.ended and any(events & select.POLLIN for _, events in waits.poll(0))
         return not (self._one.pending or unread)
 
     def close(self) -> None:
-        """Close both."""
-        if not self.closed:
-            self.closed = True
-            self._one.close()
-            self._other.close()
-            if self._on_end is not None:
-                self._on_end(self)
+        """Close both, whatever is pending."""
+        self._ending = True
+        self._one.close()
+        self._other.close()
 
     def abandon(self) -> None:
         """After a fork, in the child: close our copies without a word to anybody."""
-        self.closed = True
         for side in (self._one, self._other):
-            os.close(side.fd)
+            if not side.closed:
+                os.close(side.fd)

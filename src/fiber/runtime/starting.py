@@ -19,7 +19,7 @@ from fiber.resources import Resources
 from fiber.runtime import main
 from fiber.runtime.errands import Errands
 from fiber.runtime.outside import Outside
-from fiber.runtime.reach import connect
+from fiber.runtime.places import connect
 from fiber.runtime.remote import RemoteAgent
 
 if TYPE_CHECKING:

@@ -153,6 +153,14 @@ class Channel:
             if fd != _LOST:
                 os.close(fd)
 
+    def deliver(self, timeout: float) -> None:
+        """Wait, at most `timeout` seconds, until the peer's system has all that was sent.
+
+        Before a close: over TCP that may drop what is on its way. A Unix socket has it at once.
+        """
+        if not isinstance(self.sock, socket.socket):
+            self.sock.deliver(timeout)
+
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took."""
         self._outbox.clear()

@@ -38,14 +38,14 @@ _SO_NWRITE = 0x1024  # macOS: bytes that were not acknowledged; `socket` does no
 _RECEIVE = 1 << 20  # bytes that one `recv_into` takes at the most
 _OPTIONS = {
     # A peer that vanished without a word, as a machine does that lost its power: an idle
-    # connection notices in 10 + 3 * 5 seconds, one with bytes on their way in 25. The latter holds
-    # for a peer too that is there but for so long reads nothing of more than its system buffers.
+    # connection notices in 10 + 3 * 5 seconds. With bytes on their way it takes the system longer;
+    # no limit is set for that, for it would end connections to peers too that are there but read
+    # nothing for so long. Agents give signs of life instead.
     "TCP_NODELAY": 1,
     "TCP_KEEPIDLE": 10,
     "TCP_KEEPALIVE": 10,  # macOS's name for the one above
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 25_000,
 }
 _FOREIGN = {  # OpenSSL's names for how it notices that a peer speaks something else
     "BAD_RECORD_TYPE",
@@ -64,7 +64,7 @@ _T = TypeVar("_T")
 
 
 def tune(sock: socket.socket) -> None:
-    """Have a TCP socket send at once, and notice in 25 seconds that its peer vanished."""
+    """Have a TCP socket send at once, and notice when its peer vanishes."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -340,6 +340,11 @@ class TlsSocket:
             sleep(pause)
             pause = min(2 * pause, 0.02)
         return True
+
+    def half_close(self) -> None:
+        """Tell the peer that nothing more comes; what it sends can only be thrown away then."""
+        with contextlib.suppress(OSError):
+            self._ssl.shutdown(socket.SHUT_WR)
 
     def _undelivered(self) -> int:
         """How many bytes the peer's system has not acknowledged."""
