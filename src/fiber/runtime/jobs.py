@@ -19,6 +19,7 @@ from fiber.backends.base import Backend, Job, JobSpec, JobState, JobStatus
 from fiber.errors import ConfigError, StartError
 from fiber.runtime.logs import DEBUG, ERROR, log
 from fiber.runtime.loop import Loop
+from fiber.runtime.orders import REFUSED
 
 __all__ = ["Jobs", "Ticket"]
 
@@ -121,7 +122,7 @@ class Jobs:
             jobs = self._backend.submit(specs)
         except (StartError, ConfigError) as error:
             for ticket in tickets:
-                self._tell(ticket, JobStatus(JobState.ENDED, reason="Refused", message=str(error)))
+                self._tell(ticket, JobStatus(JobState.ENDED, reason=REFUSED, message=str(error)))
             return
         with self._changed:
             for ticket, job in zip(tickets, jobs, strict=True):

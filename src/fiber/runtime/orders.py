@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fiber.backends.base import JobStatus
 
-__all__ = ["JOBS", "ORDER", "STATUS", "STOP", "Told"]
+__all__ = ["JOBS", "ORDER", "REFUSED", "STATUS", "STOP", "Told"]
 
 JOBS = "jobs"
 """What a process that starts others elsewhere asks the endpoint for in its hello."""
@@ -18,6 +18,9 @@ ORDER, STOP, STATUS = range(70, 73)
     STOP    number
     STATUS  number, `JobStatus`, what the manager calls the job
 """
+
+REFUSED = "Refused"
+"""Reason of the status of a job that the backend did not take; the message says all there is."""
 
 Told = Callable[[JobStatus, str], object]
 """Is told the status of a job, and what its manager calls it."""

@@ -32,6 +32,7 @@ from fiber.runtime.agents import (
 )
 from fiber.runtime.logs import INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.orders import REFUSED
 from fiber.wire.framing import Frame
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class RemoteAgent(Agent):
         if self._deadline is not None:
             self._deadline.cancel()
         self.on_ready(self.place, facts["gateway"], self.dial)
-        if facts["report"]:
+        if facts["report"] and facts["error"] is None:  # an error has it at its end
             _warn_once(facts["report"])
         super()._on_ready(facts)
         if self.settled is not None:
@@ -192,6 +193,9 @@ class RemoteAgent(Agent):
         if self.error is not None:
             return
         status = self.status
+        if status.reason == REFUSED:
+            self._fail(f"cannot be started: {status.message}")
+            return
         phase = "" if self.ready.is_set else " before it was ready"
         if status.state is not JobState.ENDED:
             self._fail(f"closed its connection{phase}, and nobody knows why")
