@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 
 import pytest
 
+from fiber.backends.kubernetes import rbac
 from fiber.backends.kubernetes.backend import KubernetesBackend
 from fiber.config import config
 
 IMAGE = "local/python:3.11"
 MASTER_IMAGE = "local/fiber-master:3.11"
+ROOT = Path(__file__).resolve().parents[2]
+BEDS = Path(os.environ.get("FIBER_TEST_BEDS", ROOT.parent / "shared" / "testbeds"))
 TEST_BED = Path("/var/cache/k8s-ci/cluster")
 PATIENCE = 60.0
 
@@ -92,6 +96,38 @@ def new_namespace() -> Iterator[Namespace]:
         core().delete_collection_namespaced_pod(name, grace_period_seconds=0)
         core().delete_namespace(name)
         core().api_client.rest_client.pool_manager.clear()  # no connection is left open
+
+
+def apply_rights(namespace: Namespace) -> None:
+    """Apply the manifest that the package ships."""
+    import yaml
+    from kubernetes import client
+
+    rights = client.RbacAuthorizationV1Api(core().api_client)
+    account, role, binding = yaml.safe_load_all(rbac.manifest(namespace.name))
+    core().create_namespaced_service_account(namespace.name, account)
+    rights.create_namespaced_role(namespace.name, role)
+    rights.create_namespaced_role_binding(namespace.name, binding)
+
+
+def service(name: str) -> int:
+    """Return the process ID of a part of the test bed; the test is skipped elsewhere."""
+    try:
+        return int((TEST_BED / "pids" / name).read_text())
+    except OSError:
+        pytest.skip("the cluster is not the test bed's, whose parts may be ended")
+
+
+def bring_back() -> None:
+    """Start again what was ended of the test bed."""
+    nodes = len(list((TEST_BED / "pids").glob("kubelet-*")))
+    subprocess.run(
+        [BEDS / "kubernetes" / "up.sh"],
+        check=True,
+        timeout=120,
+        env={**os.environ, "K8S_NODES": str(nodes)},
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def configure(namespace: Namespace) -> None:

@@ -199,28 +199,20 @@ def test_a_pod_that_somebody_deletes(namespace: Namespace, backend: KubernetesBa
     assert ended(backend, ours).reason == ""
 
 
-@pytest.mark.slow  # the kubelet looks once a minute
-@pytest.mark.timeout(240)
 def test_evicted_by_the_node(namespace: Namespace, backend: KubernetesBackend) -> None:
-    """A pod that writes more into a volume than that may hold is evicted by its kubelet."""
-    config.kubernetes_template = {
-        "spec": {
-            "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1Mi"}}],
-            "containers": [
-                {
-                    "name": "fiber",
-                    "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
-                }
-            ],
-        }
-    }
-    backend.close()  # the template is read at the first use
-    program = "open('/scratch/x', 'wb').write(b'x' * 2**23); import time; time.sleep(300)"
-    (job,) = backend.submit([spec(program)])
-    (status,) = backend.wait([job], 200)
+    """As the kubelet writes it; a node of the test bed has no memory that could run out."""
+    (job,) = backend.submit([spec(SLEEP, cpu=1000)])
+    status_of(backend, job, lambda status: status.reason == "Unschedulable")
+    said = "The node was low on resource: memory."
+    core().patch_namespaced_pod_status(
+        job.id,
+        namespace.name,
+        {"status": {"phase": "Failed", "reason": "Evicted", "message": said}},
+    )
+    status = ended(backend, job)
     assert status.reason == "Evicted"
     assert status.reason in BLAMELESS
-    assert "scratch" in status.message
+    assert "low on resource: memory" in status.message
 
 
 def test_preempted_by_a_higher_priority(
@@ -331,18 +323,6 @@ def account_config(namespace: Namespace, path: Any, name: str) -> None:
     )
 
 
-def apply(namespace: Namespace) -> None:
-    """Apply the manifest that the package ships."""
-    import yaml
-    from kubernetes import client
-
-    rights = client.RbacAuthorizationV1Api(core().api_client)
-    account, role, binding = yaml.safe_load_all(rbac.manifest(namespace.name))
-    core().create_namespaced_service_account(namespace.name, account)
-    rights.create_namespaced_role(namespace.name, role)
-    rights.create_namespaced_role_binding(namespace.name, binding)
-
-
 def test_without_rights_it_says_which_and_how_to_get_them(
     namespace: Namespace, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +339,7 @@ def test_the_manifests_rights_are_enough(
     namespace: Namespace, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core()
-    apply(namespace)
+    cluster.apply_rights(namespace)
     account_config(namespace, tmp_path / "config", "fiber")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     config.kubernetes_relay = "always"

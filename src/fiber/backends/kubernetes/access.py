@@ -9,12 +9,14 @@ fields pass through an older client, and thousands of them cost no time to conve
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
 import os
 import socket
 from collections.abc import Iterator
+from multiprocessing import util
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -88,6 +90,7 @@ class Access:
                 # The client itself would look at the variable when it is imported, and never again.
                 path = os.environ.get("KUBECONFIG") or None
                 config.load_kube_config(path, place.context, self._configuration)
+                self._keep_files()
                 namespace = namespace or _namespace_of(config, path, place.context)
         except (config.ConfigException, OSError) as error:
             raise StartError(
@@ -99,6 +102,18 @@ class Access:
         self.server: str = self._configuration.host
         self._client = client.ApiClient(self._configuration)
         self._core = client.CoreV1Api(self._client)
+
+    def _keep_files(self) -> None:
+        """Have the files stay into which the client has put what the kubeconfig holds.
+
+        It removes them as the program ends, and so before the session does, whose pods need them.
+        """
+        module = importlib.import_module("kubernetes.config.kube_config")
+        remove = getattr(module, "_cleanup_temp_files", None)
+        if remove is not None:
+            atexit.unregister(remove)
+            # Run after the end of the session, for that was registered later.
+            util.Finalize(None, remove, exitpriority=-200)
 
     def close(self) -> None:
         """Close its connections."""
