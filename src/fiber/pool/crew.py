@@ -223,7 +223,7 @@ class Crew:
             f"{failures} workers in a row ended before they were ready; the last: "
             f"{last.describe_end()}{last.last_words()}"
         )
-        killed = last.child.exitcode == -signal.SIGKILL
+        killed = last.child.exitcode == -signal.SIGKILL and last.child.pid is not None
         if self._some_are_up:
             if not self._resting:
                 self._resting = True
@@ -351,7 +351,10 @@ class Crew:
         if not worker.stopping:
             self.died += 1
             log(INFO, "%s", worker.describe_end())
-            self._boot_failures = 0 if worker.up else self._boot_failures + 1
+            if worker.up:
+                self._boot_failures = 0
+            elif not worker.child.blameless:
+                self._boot_failures += 1
         if worker.up:
             worker.up = False
             if not worker.stopping:

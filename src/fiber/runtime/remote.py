@@ -121,6 +121,8 @@ class RemoteAgent(Agent):
         assert self._link is not None
         if self._link.lost or self.error is not None:
             return
+        if not self.ready.is_set:
+            self._heard = monotonic()  # to load the program may take long, and has its own limit
         if monotonic() - self._heard > SILENCE:
             self._link.drain()  # we may have been the ones who slept
         if monotonic() - self._heard > SILENCE:
