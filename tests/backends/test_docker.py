@@ -333,7 +333,9 @@ def test_an_engine_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     for call in (lambda: submit(SLEEP), lambda: backend.addresses(80)):
-        with pytest.raises(StartError, match=r"does not answer.*Is Docker running.*DOCKER_HOST"):
+        with pytest.raises(
+            StartError, match=r"does not answer: No such file.*Is Docker running.*DOCKER_HOST"
+        ):
             call()
 
 

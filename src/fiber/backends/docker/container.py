@@ -124,7 +124,7 @@ class Container:
         if self._signalled:
             return "Deleted", (
                 f"{which} was ended by somebody, with docker kill, docker stop, docker rm -f or "
-                "the like."
+                "the like, or because the engine was stopped."
             )
         if code == 128 + signal.SIGKILL and self._out_of_memory:
             return "OOMKilled", self._about_memory()

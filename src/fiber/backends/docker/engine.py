@@ -314,6 +314,16 @@ def each(action: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
 
 
 def words(error: BaseException) -> str:
-    """Return what went wrong, in the engine's own words if there are any."""
-    explanation = getattr(error, "explanation", None)
-    return str(explanation or error).strip().rstrip(".")
+    """Return what went wrong, in the words of the engine or the system if there are any."""
+    found = getattr(error, "explanation", None) or _of_system(error) or error
+    return str(found).strip().rstrip(".")
+
+
+def _of_system(error: object) -> str | None:
+    # Around an OSError there are one of urllib3, one of requests, and sometimes one of the SDK.
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if not isinstance(error, BaseException):
+        return None
+    inner = (_of_system(part) for part in (*error.args, error.__cause__))
+    return next(filter(None, inner), None)
