@@ -121,10 +121,9 @@ class _Side:
                 sent = self.stream.send(self.pending)
             except BlockingIOError:
                 return
-            except OSError:  # its peer has gone; what came from it before goes its way
+            except OSError:  # its peer has gone; what that sent before is still to be read
                 self.pending = b""
                 self.writes = False
-                self.ended = True
                 return
             self.pending = self.pending[sent:]
 
