@@ -47,7 +47,8 @@ SILENCE = 25.0
 """Seconds without one after which the other side is taken for dead."""
 
 _DIAGNOSIS = 6.0  # seconds in which the manager should have heard of a job's end
-_REMINDER = 30.0  # seconds between two reports on a job that waits
+_REMINDER = 30.0  # seconds between two reports on jobs that wait
+_CHANGES = 3.0  # seconds between two that differ
 _RETRY = 0.05  # seconds between looks at a stream that takes nothing
 
 Order = Callable[[str, Callable[[JobStatus, str], object]], Callable[[], object]]
@@ -84,7 +85,6 @@ class RemoteAgent(Agent):
         self._lost_at: float | None = None
         self._deadline: Timer | None = None
         self._beat: Timer | None = None
-        self._told = ("", 0.0)  # the last report on why it waits, and when
         self._closing = False
         self._outlets = {1: _Outlet(loop, 0), 2: _Outlet(loop, 1)}
 
@@ -152,11 +152,14 @@ class RemoteAgent(Agent):
             self._report(status)
 
     def _report(self, status: JobStatus) -> None:
-        """Tell people what a job waits for, when that is new and now and then."""
-        text, when = self._told
+        """Tell people what a job waits for, when that is new and now and then.
+
+        Many wait for the same, and each is told how many they are: one report is enough.
+        """
+        text, when = _reports.get(status.reason, ("", -_REMINDER))
         report = status.message or status.reason
-        if report != text or monotonic() - when > _REMINDER:
-            self._told = (report, monotonic())
+        if monotonic() - when > (_REMINDER if report == text else _CHANGES):
+            _reports[status.reason] = (report, monotonic())
             log(WARNING if status.reason not in ("Pulling", "Creating") else INFO, "%s", report)
 
     def _on_frame(self, frame: Frame) -> None:
@@ -240,6 +243,9 @@ class RemoteAgent(Agent):
     def collect(self) -> None:
         """Its job is collected with all others, by who keeps them."""
 
+
+_reports: dict[str, tuple[str, float]] = {}
+"""By the reason for which jobs wait: what was last said of it, and when."""
 
 _told: set[str] = set()
 
