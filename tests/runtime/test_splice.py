@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -127,7 +128,7 @@ def test_who_is_not_read_is_stopped(ends: Ends) -> None:
     far, near, _ = ends
     near.settimeout(0.5)
     sent = 0
-    with pytest.raises((TimeoutError, BlockingIOError)):
+    with contextlib.suppress(TimeoutError, BlockingIOError):
         while sent < 64_000_000:
             sent += near.send(bytes(1 << 16))
     assert sent < 32_000_000, "the splice keeps whatever it is sent"
