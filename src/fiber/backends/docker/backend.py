@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -199,6 +200,7 @@ def _image_user(engine: Engine, image: str) -> str:
         try:
             about = engine.api.inspect_image(image)
         except engine.errors.ImageNotFound:
+            logging.getLogger("fiber").info("the image %s is not there: fetching it", image)
             engine.client.images.pull(image)
             about = engine.api.inspect_image(image)
     except engine.errors.APIError as error:

@@ -47,15 +47,19 @@ class Engine:
         self.errors = docker.errors
         self.failures = (docker.errors.DockerException, OSError)
         """What the SDK raises, the errors of requests included."""
+        client: Any = None
         try:
-            self.client = docker.from_env()
-            about = self.client.api.info()
+            client = docker.from_env()
+            about = client.api.info()
         except self.failures as error:
+            if client is not None:
+                client.close()
             raise StartError(
                 f"The Docker engine does not answer: {words(error)}. Is Docker running, may this "
                 "user use its socket (/var/run/docker.sock), and is DOCKER_HOST right?"
             ) from error
-        self.api = self.client.api
+        self.client = client
+        self.api = client.api
         self.label = f"{LABEL}={uuid.uuid4().hex}"
         self.node = "" if self.api.base_url.startswith("http+docker://localhost") else about["Name"]
         self.changed = threading.Condition()
