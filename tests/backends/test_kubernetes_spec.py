@@ -175,6 +175,16 @@ def test_nothing_is_limited_that_nobody_limited() -> None:
     assert container_of(spec.pod(job(), "p", SETTINGS))["resources"] == {"requests": {"cpu": "1"}}
 
 
+def test_a_template_may_ask_for_less_than_a_cpu_where_the_program_asks_for_none() -> None:
+    requests = {"cpu": "100m", "memory": "64Mi"}
+    template = {"spec": {"containers": [{"name": "any", "resources": {"requests": requests}}]}}
+    settings = SETTINGS._replace(template=template)
+    assert container_of(spec.pod(job(), "p", settings))["resources"]["requests"] == requests
+    asked = container_of(spec.pod(job(resources=Resources(cpu=2)), "p", settings))["resources"]
+    assert asked["requests"] == {"cpu": "2", "memory": "64Mi"}
+    assert asked["limits"] == {"cpu": "2"}
+
+
 def test_labels_say_whose_it_is() -> None:
     metadata = spec.pod(job(session="Ses_1."), "p", SETTINGS)["metadata"]
     assert metadata["labels"] == {

@@ -1,0 +1,133 @@
+"""`python -m benchmarks.startup docker|kubernetes [--workers N] [--rounds N] [--image IMAGE]`.
+
+How long a pool takes until all of its workers are ready, against what the engine itself needs for
+as many bare containers or pods of the same image; in turns, in one run. It prints a table in
+Markdown: the figures in RESULTS.md are from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+
+import fiber
+
+LOOK_AGAIN = 0.01  # seconds
+DEADLINE = 180.0  # seconds
+SLEEP = ["sleep", "600"]
+
+
+def pool(backend: str, workers: int, each: int) -> float:
+    """Return the seconds from `Pool(workers)` until all are ready; `each` of them share a job."""
+    fiber.init(workers_per_job=each)
+    began = time.monotonic()
+    with fiber.get_context(backend).Pool(workers) as pool:
+        while pool.stats().ready < workers:
+            _check(began)
+            time.sleep(LOOK_AGAIN)
+        return time.monotonic() - began
+
+
+def bare_docker(workers: int, image: str) -> float:
+    """Return the seconds that the engine needs for as many containers, eight at a time."""
+    label = f"fiber-bare={uuid.uuid4().hex}"
+    began = time.monotonic()
+    command = ["docker", "run", "--detach", "--rm", "--label", label, image, *SLEEP]
+    waiting = [command] * workers
+    running: list[subprocess.Popen[bytes]] = []
+    while waiting or running:
+        _check(began)
+        running = [process for process in running if process.poll() is None]
+        while waiting and len(running) < 8:
+            running.append(subprocess.Popen(waiting.pop(), stdout=subprocess.DEVNULL))
+        time.sleep(LOOK_AGAIN)
+    took = time.monotonic() - began
+    found = subprocess.check_output(["docker", "ps", "-q", "--filter", f"label={label}"], text=True)
+    assert len(found.split()) == workers
+    subprocess.check_call(["docker", "kill", *found.split()], stdout=subprocess.DEVNULL)
+    return took
+
+
+def bare_kubernetes(workers: int, image: str) -> float:
+    """Return the seconds that the cluster needs until as many bare pods run."""
+    from kubernetes import client, config, watch
+
+    config.load_kube_config()
+    core = client.CoreV1Api()
+    namespace = fiber.config.kubernetes_namespace or "default"
+    label = f"fiber-bare={uuid.uuid4().hex}"
+    key, value = label.split("=")
+    began = time.monotonic()
+    for number in range(workers):
+        container = {"name": "bare", "image": image, "command": SLEEP}
+        container["resources"] = {"requests": {"cpu": "1m"}}
+        body = {
+            "metadata": {"name": f"bare-{value[:8]}-{number}", "labels": {key: value}},
+            "spec": {
+                "containers": [container],
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": 0,
+            },
+        }
+        core.create_namespaced_pod(namespace, body)
+    running: set[str] = set()
+    events = watch.Watch().stream(
+        core.list_namespaced_pod, namespace, label_selector=label, timeout_seconds=int(DEADLINE)
+    )
+    for event in events:
+        if event["object"].status.phase == "Running":
+            running.add(event["object"].metadata.name)
+        if len(running) == workers:
+            break
+    took = time.monotonic() - began
+    assert len(running) == workers
+    core.delete_collection_namespaced_pod(namespace, label_selector=label, grace_period_seconds=0)
+    while core.list_namespaced_pod(namespace, label_selector=label).items:
+        _check(began)
+        time.sleep(0.1)
+    return took
+
+
+def _check(began: float) -> None:
+    if time.monotonic() - began > DEADLINE:
+        sys.exit(f"not ready within {DEADLINE:g} seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup")
+    parser.add_argument("backend", choices=["docker", "kubernetes"])
+    parser.add_argument("--workers", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--image", required=True, help="of a stock Python")
+    options = parser.parse_args()
+    workers = options.workers
+    fiber.init(image=options.image, cpu_per_job=1)
+    bare = bare_docker if options.backend == "docker" else bare_kubernetes
+    kinds: dict[str, Callable[[], float]] = {
+        "bare": lambda: bare(workers, options.image),
+        "Pool, a job for each worker": lambda: pool(options.backend, workers, 1),
+        "Pool, ten workers in a job": lambda: pool(options.backend, workers, 10),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(options.rounds):
+        for kind, measure in kinds.items():
+            seconds[kind].append(measure())
+            print(f"{kind}: {seconds[kind][-1]:.2f} s", file=sys.stderr)
+    reference = statistics.median(seconds["bare"])
+    print(f"| {workers} on {options.backend} | median | least | most | ratio to bare |")
+    print("|---|---|---|---|---|")
+    for kind, values in seconds.items():
+        middle = statistics.median(values)
+        print(
+            f"| {kind} | {middle:.2f} s | {min(values):.2f} s | {max(values):.2f} s "
+            f"| {middle / reference:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
