@@ -26,6 +26,7 @@ from fiber.errors import PeerDied, RingBroken
 from fiber.process import Process
 from fiber.queues import Queue
 from fiber.resources import Resources, meta_of
+from fiber.runtime import session
 from fiber.runtime.refs import Ref, lookup, serve
 from fiber.served.meeting import ServedMeeting
 from fiber.synchronize import Barrier
@@ -270,8 +271,9 @@ def _first_failure(members: list[_Member], failed: list[_Member], reports: Queue
 
 def _free_address() -> tuple[str, int]:
     """Return an address of this machine, as the other members reach it, and a free port."""
-    host = "127.0.0.1"  # all members are on this machine, as long as only that has a backend
-    with socket.socket() as sock:
+    host = session.host() or "127.0.0.1"  # where there is no other place, all are on this machine
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, 0))
         return host, sock.getsockname()[1]

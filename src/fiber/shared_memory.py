@@ -38,7 +38,7 @@ class SharedMemory(_mp.SharedMemory):
 
     Raises:
         FileExistsError: there is one of that name.
-        FileNotFoundError: there is none of that name.
+        FileNotFoundError: there is none of that name, here at least.
         OSError: there is no room for it.
     """
 
@@ -93,7 +93,16 @@ class SharedMemory(_mp.SharedMemory):
             self._name = new
             return
         path = "/" + name if self._prepend_leading_slash else name
-        self._fd = _posixshmem.shm_open(path, self._flags, mode=self._mode)
+        try:
+            self._fd = _posixshmem.shm_open(path, self._flags, mode=self._mode)
+        except FileNotFoundError:
+            if not session.host():
+                raise
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"there is no shared memory {name!r} here: a block that was made in another "
+                "container or on another machine cannot be used; send its bytes, or use an Array",
+            ) from None
         self._name = path
 
     def _enter(self, folder: str) -> None:

@@ -242,7 +242,11 @@ class AgentElsewhere(Agent):
 
     def facts(self) -> dict[str, Any]:
         """Return what a process needs to know of its session."""
-        elsewhere = {"network": self._reach.network, "tls_key": self.preparation["tls_key"]}
+        elsewhere = {
+            "network": self._reach.network,
+            "host": self._host,
+            "tls_key": self.preparation["tls_key"],
+        }
         return {**super().facts(), "elsewhere": elsewhere}
 
     def leave(self) -> NoReturn:

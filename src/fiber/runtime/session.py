@@ -565,6 +565,11 @@ def folder() -> str:
     return current().folder if inherited is None else inherited
 
 
+def host() -> str:
+    """Return the address of the host of this place, "" in the master's own place."""
+    return str(_inherited.get("host", ""))
+
+
 def keep_clean() -> None:
     """See that somebody removes this session's shared memory should its master be killed."""
     session = _current
