@@ -230,3 +230,19 @@ def test_the_end_closes_the_backend(loop: Loop, manager: Manager) -> None:
     jobs.close()
     assert manager.killed == ["one"]
     assert manager.closed
+
+
+def test_of_a_job_that_failed_by_itself_the_last_words_are_told(
+    loop: Loop, manager: Manager, jobs: Jobs
+) -> None:
+    failed, deleted = Told(loop), Told(loop)
+    with loop:
+        jobs.submit(named("failed"), failed)
+        jobs.submit(named("deleted"), deleted)
+    while "deleted" not in manager.jobs:
+        loop.wait(Event(), 0.01)
+    manager.set("failed", JobStatus(JobState.ENDED, 1, "Error", message="It failed."))
+    manager.set("deleted", JobStatus(JobState.ENDED, -9, "Deleted", message="It is gone."))
+    status = failed.wait(ended)
+    assert status.message == "It failed.\nThe last that it wrote:\nthe last words of failed"
+    assert deleted.wait(ended).message == "It is gone."

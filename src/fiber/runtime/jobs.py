@@ -161,7 +161,7 @@ class Jobs:
             statuses = [JobStatus(JobState.ENDED, message=message)] * len(jobs)
         for ticket, status in zip(tickets, statuses, strict=True):
             if status != ticket.status:
-                self._tell(ticket, status)
+                self._tell(ticket, self._with_last_words(ticket, status))
             if status.state is JobState.ENDED:
                 with self._changed:
                     self._watched.discard(ticket)
@@ -169,6 +169,19 @@ class Jobs:
     def _tell(self, ticket: Ticket, status: JobStatus) -> None:
         ticket.status = status
         self._loop.call_soon(lambda: ticket.told(status) if ticket.told is not None else None)
+
+    def _with_last_words(self, ticket: Ticket, status: JobStatus) -> JobStatus:
+        """Add what a job wrote that failed by itself: it says why, such as that no way led here."""
+        if status.state is not JobState.ENDED or status.reason != "Error":
+            return status
+        try:
+            text = self.logs(ticket).strip()
+        except Exception as error:
+            log(DEBUG, "the log of a job cannot be had: %r", error)
+            text = ""
+        if not text:
+            return status
+        return status._replace(message=f"{status.message}\nThe last that it wrote:\n{text}")
 
     def logs(self, ticket: Ticket) -> str:
         """Return the last lines of a job; asks the manager, so not within the loop."""
