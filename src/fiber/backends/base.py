@@ -76,10 +76,11 @@ class JobSpec(NamedTuple):
         command: program and arguments; nothing secret.
         environment: variables of the command, added to those that it has anyway where it runs; on
             the local backend the whole environment. Nothing secret.
-        resources: what it asks for.
+        resources: what each of its processes asks for.
         session: identifies the session that it belongs to, for labels; letters, digits and dashes.
         secret: what only the job may know; the backend puts it into a file that nobody else can
             read and names the file in the variable `SECRET_FILE`. Empty if there is none.
+        processes: how many will share it, so that it asks for so many times as much.
     """
 
     name: str
@@ -88,6 +89,7 @@ class JobSpec(NamedTuple):
     resources: Resources
     session: str = ""
     secret: bytes = b""
+    processes: int = 1
 
 
 class Job(Protocol):

@@ -60,7 +60,6 @@ class Berths:
         self._used: dict[RemoteAgent, int] = {}
         self.elsewhere = is_elsewhere(backend)
         if self.elsewhere:
-            self._resources = _together(resources, self._each)
             session.prepare(backend)
             with session.loop:
                 for _ in range(-(-workers // self._each)):
@@ -70,7 +69,7 @@ class Berths:
             self.names = session.agent(backend, resources).names
 
     def _order(self) -> RemoteAgent:
-        agent = self._session.agent_soon(self._backend, self._resources)
+        agent = self._session.agent_soon(self._backend, self._resources, self._each)
         agent.kept = True  # type: ignore[attr-defined]
         agent.on_ending = lambda: self._on_ending(agent)  # type: ignore[attr-defined]
         self._used[agent] = 0  # type: ignore[index]
@@ -126,15 +125,3 @@ class Berths:
         self._used.clear()
         for agent in agents:
             agent.close()
-
-
-def _together(resources: Resources, workers: int) -> Resources:
-    """Return what so many workers need."""
-    if workers == 1:
-        return resources
-    cpu = (resources.cpu or config.cpu_per_job) * workers
-    memory = resources.memory or config.mem_per_job
-    gpu = resources.gpu
-    return Resources(
-        cpu, None if memory is None else memory * workers, None if gpu is None else gpu * workers
-    )

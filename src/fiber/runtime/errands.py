@@ -13,10 +13,9 @@ import pickle
 from collections.abc import Callable
 
 from fiber.backends.base import JobState, JobStatus
-from fiber.resources import Resources
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.loop import Link, Loop
-from fiber.runtime.orders import JOBS, ORDER, STATUS, STOP, Told
+from fiber.runtime.orders import JOBS, ORDER, STATUS, STOP, Needs, Told
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
 
@@ -38,12 +37,12 @@ class Errands:
         self._told: dict[int, Told] = {}
 
     def order(
-        self, backend: str, name: str, resources: Resources, token: str, owner: str, told: Told
+        self, backend: str, name: str, needs: Needs, token: str, owner: str, told: Told
     ) -> Callable[[], object]:
         """As `Outside.order`."""
         number = next(self._numbers)
         self._told[number] = told
-        order = (number, backend, name, tuple(resources), token, owner)
+        order = (number, backend, name, needs, token, owner)
         self._link.post(ORDER, pickle.dumps(order))
 
         def stop() -> None:

@@ -30,7 +30,7 @@ from fiber.runtime.gateway import Gateway, Refused
 from fiber.runtime.jobs import Jobs, Ticket
 from fiber.runtime.logs import DEBUG, ERROR, log
 from fiber.runtime.loop import Event, Link
-from fiber.runtime.orders import JOBS, STATUS, STOP, Told
+from fiber.runtime.orders import JOBS, STATUS, STOP, Needs, Told
 from fiber.runtime.reach import authenticated, open_directly
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -95,7 +95,7 @@ class Outside:
     # Jobs
 
     def order(
-        self, backend: str, name: str, resources: Resources, token: str, owner: str, told: Told
+        self, backend: str, name: str, needs: Needs, token: str, owner: str, told: Told
     ) -> Callable[[], object]:
         """Have a job started whose agent shows `token` at `owner`; return what ends it."""
         jobs = self._jobs.get(backend)
@@ -103,7 +103,7 @@ class Outside:
             jobs = self._jobs[backend] = Jobs(self.loop, lambda: registry.get(backend))
 
         def make(found: Backend) -> JobSpec:
-            return self._spec(found, name, resources, token, owner)
+            return self._spec(found, name, needs, token, owner)
 
         def heard(status: JobStatus) -> None:
             told(status, ticket.job.id if ticket.job is not None else "")
@@ -111,9 +111,7 @@ class Outside:
         ticket: Ticket = jobs.submit(make, heard)
         return lambda: jobs.kill(ticket)
 
-    def _spec(
-        self, backend: Backend, name: str, resources: Resources, token: str, owner: str
-    ) -> JobSpec:
+    def _spec(self, backend: Backend, name: str, needs: Needs, token: str, owner: str) -> JobSpec:
         """Describe a job; in the thread that submits it."""
         addresses = self._addresses.get(backend.name)
         if addresses is None:
@@ -134,7 +132,8 @@ class Outside:
                 "FIBER_INTERNAL_ADDRESS": owner,
                 "FIBER_INTERNAL_TOKEN": token,
             },
-            resources=resources,
+            resources=needs[0],
+            processes=needs[1],
             session=_label(self.session.folder),
             secret=self.session.secret,
         )
@@ -156,8 +155,8 @@ class Outside:
                 if frame.kind == STOP:
                     ends.pop(number, lambda: None)()
                     return
-                backend, name, asked, token, owner = facts
-                resources = Resources(*asked)
+                backend, name, (asked, processes), token, owner = facts
+                needs = (Resources(*asked), int(processes))
             except Exception as error:  # no process of a session sends such a thing
                 log(ERROR, "a connection is closed, for what came is no order of a job: %r", error)
                 link.close()
@@ -167,7 +166,7 @@ class Outside:
             def told(status: JobStatus, job: str) -> None:
                 link.post(STATUS, pickle.dumps((number, status, job)))
 
-            ends[number] = self.order(backend, name, resources, token, owner, told)
+            ends[number] = self.order(backend, name, needs, token, owner, told)
 
         def on_lost() -> None:
             self._links.discard(link)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fiber.runtime.descriptors import Descriptor, Loans
     from fiber.runtime.errands import Errands
     from fiber.runtime.home import Home
+    from fiber.runtime.orders import Needs
     from fiber.runtime.outside import Outside
     from fiber.runtime.reach import Reach
     from fiber.runtime.refs import Ref, Way
@@ -242,12 +243,15 @@ class Session:
             if not self._preparation:
                 self._preparation = starting.preparation(self, self._orders)
 
-    def agent_soon(self, backend: str, resources: Resources) -> Agent:
-        """As `agent`, but it may not be ready yet, or never be. Within the loop."""
+    def agent_soon(self, backend: str, resources: Resources, processes: int = 1) -> Agent:
+        """As `agent`, but it may not be ready yet, or never be. Within the loop.
+
+        One that is elsewhere is for `processes` of them, and stays until it is closed.
+        """
         if self._closing:
             return Agent.failed(self.loop, "the session has ended")
         if is_elsewhere(backend):
-            return self._order(backend, resources)
+            return self._order(backend, (resources, processes))
         cpu = resources.cpu or config.cpu_per_job
         key = (backend, cpu)
         agent = self._agents.get(key)
@@ -289,12 +293,12 @@ class Session:
         agent.submit(registry.get(backend), spec, self.endpoint, preparation, timeout)
         return agent
 
-    def _order(self, backend: str, resources: Resources) -> Agent:
+    def _order(self, backend: str, needs: Needs) -> Agent:
         """Have a job started elsewhere; return its agent."""
         from fiber.runtime.starting import begin
 
         assert self._orders is not None
-        agent = begin(self, self._orders, backend, resources, self._preparation)
+        agent = begin(self, self._orders, backend, needs, self._preparation)
         agent.on_exited = self._on_exited
         self._remote_agents.add(agent)
         return agent

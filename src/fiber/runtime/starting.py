@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from fiber.code import packages
 from fiber.code.project import Project, main_source
 from fiber.config import config
-from fiber.resources import Resources
 from fiber.runtime import main
 from fiber.runtime.errands import Errands
+from fiber.runtime.orders import Needs
 from fiber.runtime.outside import Outside
 from fiber.runtime.places import connect
 from fiber.runtime.remote import RemoteAgent
@@ -69,7 +69,7 @@ def begin(
     session: Session,
     by: Outside | Errands,
     backend: str,
-    resources: Resources,
+    needs: Needs,
     told: Mapping[str, Any],
 ) -> RemoteAgent:
     """Have a job of `backend` started; return its agent. Within the loop."""
@@ -80,7 +80,7 @@ def begin(
     owner = session.endpoint.address
 
     def order(token: str, changed: Any) -> Any:
-        return by.order(backend, name, resources, token, owner, changed)
+        return by.order(backend, name, needs, token, owner, changed)
 
     if isinstance(by, Outside):
         agent.on_ready = by.place_is_there

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -80,7 +81,7 @@ def arguments(
         # The first process of a container ignores signals that it does not handle, and would have
         # to collect orphans. docker-init does both for it.
         "init": True,
-        "nano_cpus": (spec.resources.cpu or config.cpu_per_job) * 10**9,
+        "nano_cpus": _cpus(spec) * 10**9,
         "network": network,
         "user": config.docker_user,
         "volumes": config.docker_mounts,
@@ -88,9 +89,9 @@ def arguments(
     }
     memory = spec.resources.memory or config.mem_per_job
     if memory:
-        create["mem_limit"] = create["memswap_limit"] = memory * 2**20
+        create["mem_limit"] = create["memswap_limit"] = memory * spec.processes * 2**20
     if spec.resources.gpu:
-        create["device_requests"] = [_gpus(spec.resources.gpu, turn)]
+        create["device_requests"] = [_gpus(spec.resources.gpu * spec.processes, turn)]
     if network is None or not network.startswith("container:"):
         create["extra_hosts"] = {"host.docker.internal": "host-gateway"}
     _add(create, config.docker_options, list(spec.command))
@@ -104,6 +105,14 @@ def arguments(
         limit = f"{limit // 2**20} MB"
     given = {key: value for key, value in create.items() if value not in (None, [], {})}
     return Arguments(given, limit, str(create.get("user") or ""), volume)
+
+
+def _cpus(spec: JobSpec) -> int:
+    """Return how many CPUs a container may use; the engine refuses more than there are."""
+    if spec.resources.cpu is not None:
+        return spec.resources.cpu * spec.processes
+    several = config.cpu_per_job * spec.processes
+    return config.cpu_per_job if spec.processes == 1 else min(several, os.cpu_count() or several)
 
 
 def _add(create: dict[str, Any], options: Mapping[str, Any], command: list[str]) -> None:

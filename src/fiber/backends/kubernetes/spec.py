@@ -303,21 +303,23 @@ def _resources(job: JobSpec, settings: Settings) -> Object:
     requests: Object = {}
     limits: Object = {}
     if needs.cpu is not None:
-        requests["cpu"] = limits["cpu"] = str(needs.cpu)
+        requests["cpu"] = limits["cpu"] = str(needs.cpu * job.processes)
     elif not _template_asks_for_cpu(settings.template):  # it may use what is free
-        requests["cpu"] = str(settings.cpu)
+        requests["cpu"] = str(settings.cpu * job.processes)
     memory = needs.memory or settings.memory
     if memory is not None:
-        requests["memory"] = limits["memory"] = f"{memory}Mi"
+        requests["memory"] = limits["memory"] = f"{memory * job.processes}Mi"
     if needs.gpu:
-        requests[settings.gpu_resource] = limits[settings.gpu_resource] = str(needs.gpu)
+        requests[settings.gpu_resource] = limits[settings.gpu_resource] = str(
+            needs.gpu * job.processes
+        )
     return {"requests": requests, **({"limits": limits} if limits else {})}
 
 
 def _template_asks_for_cpu(template: Mapping[str, Any]) -> bool:
     """Whether the template says how much of a CPU, perhaps less than one, a pod asks for."""
     containers = _template(template)["spec"].get("containers", ())
-    ours = next((one for one in containers if one.get("name") == CONTAINER), {})
+    ours: Object = next((one for one in containers if one.get("name") == CONTAINER), {})
     resources = ours.get("resources") or {}
     return any("cpu" in (resources.get(kind) or {}) for kind in ("requests", "limits"))
 
