@@ -214,8 +214,12 @@ class RemoteAgent(Agent):
 
     @property
     def blameless(self) -> bool:
-        """Whether its end had nothing to do with what it did."""
-        return self.status.reason in BLAMELESS
+        """Whether its end had nothing to do with what it did.
+
+        Of what a job did itself the manager hears at once; where it knows nothing, as of a node
+        that was switched off, that was not the job.
+        """
+        return self.status.reason in BLAMELESS or self.status.state is not JobState.ENDED
 
     def dial(self, token: str, path: str) -> None:
         """Have it bring a stream to a socket of its place: somebody will show `token`."""
