@@ -83,6 +83,7 @@ class RemoteAgent(Agent):
         self._token = ""
         self._heard = 0.0
         self._lost_at: float | None = None
+        self._served = False  # it was ready once
         self._deadline: Timer | None = None
         self._beat: Timer | None = None
         self._closing = False
@@ -183,6 +184,7 @@ class RemoteAgent(Agent):
         if facts["report"] and facts["error"] is None:  # an error has it at its end
             _warn_once(facts["report"])
         super()._on_ready(facts)
+        self._served = self.error is None
         if self.settled is not None:
             self.settled.set()
 
@@ -219,7 +221,9 @@ class RemoteAgent(Agent):
         Of what a job did itself the manager hears at once; where it knows nothing, as of a node
         that was switched off, that was not the job.
         """
-        return self.status.reason in BLAMELESS or self.status.state is not JobState.ENDED
+        vanished = self._served and self._lost_at is not None
+        unknown = vanished and self.status.state is not JobState.ENDED
+        return self.status.reason in BLAMELESS or unknown
 
     def dial(self, token: str, path: str) -> None:
         """Have it bring a stream to a socket of its place: somebody will show `token`."""
