@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -140,6 +141,10 @@ class Site(ABC):
     def environment(self) -> dict[str, str]:
         """Return the settings of a program, as variables."""
 
+    @abstractmethod
+    def packages(self) -> dict[str, str]:
+        """Return further settings, with which jobs have the packages of these tests."""
+
     def start(
         self,
         source: str | Path,
@@ -254,6 +259,12 @@ class Docker(Site):
             "FIBER_BACKEND": "docker",
             "FIBER_IMAGE": IMAGE,
             "FIBER_DOCKER_OPTIONS": json.dumps({"labels": labels}),
+        }
+
+    def packages(self) -> dict[str, str]:
+        return {
+            "FIBER_DOCKER_MOUNTS": f"{sysconfig.get_path('purelib')}:/packages:ro",
+            "FIBER_DOCKER_ENVIRONMENT": "PYTHONPATH=/packages",
         }
 
     def _list(self, **filters: str) -> list[str]:

@@ -283,3 +283,36 @@ if __name__ == "__main__":
             print(pool.map(abs, [-number]))
 """
     assert site.run(program).lines == [f"[{number}]" for number in range(count)]
+
+
+# Whoever imports a library with threads of its own cannot be forked.
+THREADED = """
+import os, threading, time
+import fiber
+
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+
+def threads(x):
+    import helpers
+    return helpers.half(x), os.environ["OMP_NUM_THREADS"]
+
+def tell(queue, text):
+    print("printed")
+    queue.put(text)
+
+if __name__ == "__main__":
+    import helpers
+    with fiber.Pool(2) as pool:
+        print(pool.map(threads, [2, 4]), pool.map(helpers.half, [6]))
+    queue = fiber.Queue()
+    process = fiber.Process(target=tell, args=(queue, "told"))
+    process.start()
+    print(queue.get())
+    process.join()
+"""
+
+
+def test_a_main_module_that_starts_threads(site: Site) -> None:
+    program = site.run(THREADED, files={"helpers.py": HELPERS})
+    assert program.lines[0] == "[(1.0, '1'), (2.0, '1')] [3.0]"
+    assert sorted(program.lines[1:]) == ["printed", "told"]

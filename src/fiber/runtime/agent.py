@@ -258,7 +258,10 @@ class Agent:
                         ours.close()
                         self._be_child(request, theirs, fds)
                 else:
-                    pid = child_process.start_fresh(self.facts(), request, ours, theirs, fds)
+                    finding = self.find_fiber()
+                    pid = child_process.start_fresh(
+                        finding, self.facts(), request, ours, theirs, fds
+                    )
             except OSError as error:
                 if ours is not None:
                     ours.close()
@@ -307,6 +310,11 @@ class Agent:
 
     def abandon(self) -> None:
         """In the child: close what else is the agent's."""
+
+    def find_fiber(self) -> str:
+        """Return the program by which another interpreter finds Fiber."""
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        return f"import sys; sys.path = [*filter(None, sys.path), {package!r}]"
 
     def facts(self) -> dict[str, Any]:
         """Return what a process needs to know of its session."""

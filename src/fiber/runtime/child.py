@@ -146,22 +146,26 @@ def flush() -> None:
 
 
 def start_fresh(
+    finding: str,
     facts: dict[str, Any],
     request: dict[str, Any],
     ours: socket.socket,
     theirs: socket.socket,
     fds: list[int],
 ) -> int:
-    """In the agent: start an interpreter that runs the requested process; return its ID."""
+    """In the agent: start an interpreter that runs the requested process; return its ID.
+
+    Args:
+        finding: the program by which it finds Fiber.
+        facts, request: as for `run`.
+        ours, theirs: the connection between the agent and the process.
+        fds: standard output and error, and what goes along.
+    """
     import subprocess
     from multiprocessing import util
 
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    program = (
-        f"import sys; sys.path = [*filter(None, sys.path), {package!r}]; "
-        f"from fiber.runtime.child import run_fresh; run_fresh({theirs.fileno()})"
-    )
+    program = f"{finding}\nfrom fiber.runtime.child import run_fresh; run_fresh({theirs.fileno()})"
     popen = subprocess.Popen(
         [sys.executable, *flags, "-c", program],
         env=request["environment"],
@@ -190,7 +194,12 @@ def run_fresh(fd: int) -> None:
         prepare(facts["modules"])
         sys.path[:] = request["sys_path"]
         sys.argv[:] = request["argv"]
-        facts["names"] = main_module.load(facts["main"])
+        if "elsewhere" in facts:
+            from fiber.runtime.elsewhere import load
+
+            facts["names"] = load(facts)
+        else:
+            facts["names"] = main_module.load(facts["main"])
         code = run(facts, request, upstream, [], fds)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

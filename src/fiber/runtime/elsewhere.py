@@ -15,11 +15,12 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Iterable
 from time import monotonic
 from typing import Any, NoReturn
 
 from fiber.backends.base import SECRET_FILE
-from fiber.code import packages
+from fiber.code import bootstrap, packages
 from fiber.code.finder import Client as CodeClient
 from fiber.code.finder import Finder
 from fiber.resources import thread_environment
@@ -114,16 +115,10 @@ class AgentElsewhere(Agent):
         preparation = self.preparation
         sys.argv[:] = preparation["argv"]
         preparation["key"] = ("local", 0)
-        sys.meta_path.insert(0, Finder(preparation["tops"], CodeClient(self._ask).module))
+        # Numerical libraries count their threads when they are imported, and start them.
+        os.environ.update(thread_environment(preparation["cpu"], os.environ))
         self._differences = packages.compare(preparation["packages"])
-        main = preparation["main"]
-        return frozenset() if main is None else main_module.load_source(*main)
-
-    def _ask(self) -> Channel:
-        """Open a connection on which the master is asked for code."""
-        channel = self._reach.channel(self._reach.network.address, _CONNECT_TIMEOUT)
-        channel.send(HELLO, pickle.dumps({"service": "code"}))
-        return channel
+        return _load(self._reach, preparation["tops"], preparation["main"])
 
     def explain(self, error: str) -> str:
         """Add to an error what the image lacks."""
@@ -240,6 +235,21 @@ class AgentElsewhere(Agent):
         if self._registration is not None:
             self._registration.channel.close()
 
+    def find_fiber(self) -> str:
+        """Where Fiber came from the master, another interpreter finds it in a file."""
+        fiber: Any = sys.modules["fiber"].__spec__.loader  # type: ignore[union-attr]
+        if not hasattr(fiber, "data"):
+            return super().find_fiber()
+        path = os.path.join(self.folder, "fiber.bundle")
+        if not os.path.exists(path):
+            with open(path, "wb") as file:
+                file.write(fiber.data)
+        return (
+            f"import sys; names = {{'__name__': 'bootstrap'}}; exec({bootstrap.text()!r}, names)\n"
+            f"with open({path!r}, 'rb') as file:\n"
+            f"    sys.meta_path.insert(0, names['Bundle'](file.read(), {fiber.hash!r}))"
+        )
+
     def facts(self) -> dict[str, Any]:
         """Return what a process needs to know of its session."""
         elsewhere = {
@@ -247,7 +257,7 @@ class AgentElsewhere(Agent):
             "host": self._host,
             "tls_key": self.preparation["tls_key"],
         }
-        return {**super().facts(), "elsewhere": elsewhere}
+        return {**super().facts(), "tops": self.preparation["tops"], "elsewhere": elsewhere}
 
     def leave(self) -> NoReturn:
         """End, and leave nothing of this job with its manager, for the master cannot see to it."""
@@ -257,6 +267,22 @@ class AgentElsewhere(Agent):
         """End, for the owner has said good-bye."""
         folders.remove(self.folder)
         os._exit(0)
+
+
+def load(facts: dict[str, Any]) -> frozenset[str]:
+    """In a fresh interpreter: load the main module as an agent's `facts` say; return its names."""
+    reach = Reach(facts["elsewhere"]["network"], facts["secret"])
+    return _load(reach, facts["tops"], facts["main"])
+
+
+def _load(reach: Reach, tops: Iterable[str], source: tuple[str, str, str] | None) -> frozenset[str]:
+    def ask() -> Channel:
+        channel = reach.channel(reach.network.address, _CONNECT_TIMEOUT)
+        channel.send(HELLO, pickle.dumps({"service": "code"}))
+        return channel
+
+    sys.meta_path.insert(0, Finder(tops, CodeClient(ask).module))
+    return frozenset() if source is None else main_module.load_source(*source)
 
 
 def _farewell(folder: str) -> NoReturn:

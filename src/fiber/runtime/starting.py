@@ -84,7 +84,8 @@ def begin(
 
     if isinstance(by, Outside):
         agent.on_ready = by.place_is_there
-    agent.begin(order, session.endpoint, told)
+    cpu = needs[0].cpu or config.cpu_per_job
+    agent.begin(order, session.endpoint, {**told, "cpu": cpu})
 
     def gone() -> None:
         if isinstance(by, Outside):
