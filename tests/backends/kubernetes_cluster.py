@@ -51,15 +51,18 @@ def probe() -> None:
     assert ready, "none of its nodes is ready"
 
 
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Return what `condition` returns when it is true."""
+def until(
+    condition: Callable[[], Any], what: str | Callable[[], str], patience: float = PATIENCE
+) -> Any:
+    """Return what `condition` returns when it is true; `what` says what was waited for."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = condition()
         if found:
             return found
         time.sleep(0.05)
-    return pytest.fail(f"after {patience:g} s still not: {what}")
+    words = what if isinstance(what, str) else what()
+    return pytest.fail(f"after {patience:g} s still not: {words}")
 
 
 class Namespace:
@@ -78,8 +81,31 @@ class Namespace:
     def delete(self, pod: str, grace: int = 0) -> None:
         core().delete_namespaced_pod(pod, self.name, grace_period_seconds=grace)
 
-    def is_empty(self) -> bool:
-        return not self.pods() and not self.secrets()
+    def left(self) -> list[str]:
+        """What is there, in words."""
+        pods = [
+            f"pod {pod.metadata.name} ({pod.status.phase}, "
+            f"{'being deleted' if pod.metadata.deletion_timestamp else 'not deleted'})"
+            for pod in self.pods()
+        ]
+        return pods + [f"Secret {name}" for name in self.secrets()]
+
+    def becomes_empty(self, patience: float = PATIENCE) -> None:
+        """Wait until there is neither a pod nor a Secret."""
+        until(lambda: not self.left(), lambda: f"empty, but for {self.left()}", patience)
+
+
+def takes_pods(namespace: str) -> bool:
+    """Whether pods can be made in it: the first moments of a namespace are too early."""
+    container = {"name": "probe", "image": IMAGE}
+    body = {"metadata": {"name": "probe"}, "spec": {"containers": [container]}}
+    from kubernetes.client import ApiException
+
+    try:
+        core().create_namespaced_pod(namespace, body, dry_run="All")
+    except ApiException:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -87,9 +113,7 @@ def new_namespace() -> Iterator[Namespace]:
     """Make a namespace, and delete it with all that is in it."""
     name = f"fiber-test-{os.urandom(4).hex()}"
     core().create_namespace({"metadata": {"name": name}})
-    until(
-        lambda: core().list_namespaced_service_account(name).items, f"the service account of {name}"
-    )
+    until(lambda: takes_pods(name), f"the service account of {name} is there")
     try:
         yield Namespace(name)
     finally:

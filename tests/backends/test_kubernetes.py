@@ -98,7 +98,7 @@ def test_close_leaves_nothing(namespace: Namespace, backend: KubernetesBackend) 
     running(backend, *jobs[1:])
     backend.kill(jobs[1:2])
     backend.close()
-    until(namespace.is_empty, "nothing left")
+    namespace.becomes_empty()
     assert [status.state for status in backend.status(jobs)] == [JobState.ENDED] * 3
 
 
@@ -353,4 +353,4 @@ def test_the_manifests_rights_are_enough(
         assert backend.addresses(1)
         namespace.delete(jobs[1].id)
         assert ended(backend, jobs[1]).reason == "Deleted"
-    until(namespace.is_empty, "nothing left")
+    namespace.becomes_empty()

@@ -152,11 +152,11 @@ class Access:
         )
         return Watching(response, self._silence)
 
-    def delete_pod(self, name: str, grace: int | None) -> None:
-        """Delete a pod, within `grace` seconds or what the pod itself says; it may be gone."""
-        options = {} if grace is None else {"grace_period_seconds": grace}
+    def delete_pod(self, name: str, grace: int) -> None:
+        """Delete a pod within `grace` seconds; it may be gone."""
+        delete = self._core.delete_namespaced_pod
         with _gone_is_fine():
-            self._json(self._core.delete_namespaced_pod, name, self.namespace, **options)
+            self._json(delete, name, self.namespace, grace_period_seconds=grace)
 
     def delete_pods(self, selector: str) -> None:
         """Delete the pods with a label at once."""

@@ -36,6 +36,7 @@ __all__ = ["KubernetesBackend"]
 
 _AWAY = 5.0  # seconds of silence after which nothing is known of what runs
 _CLOSE = 10.0  # seconds to delete what there is; after that it is the cleaner's work
+_GRACE = 30  # seconds that a job has to end when it is terminated
 _AGAIN = 1.0  # seconds between two attempts to delete
 
 _log = logging.getLogger("fiber")
@@ -80,7 +81,7 @@ class KubernetesBackend:
     def terminate(self, jobs: Sequence[Job]) -> None:
         """Delete the pods, with the time that they have to end."""
         if self._current is not None:
-            self._current.delete([_ours(job) for job in jobs], grace=None)
+            self._current.delete([_ours(job) for job in jobs], grace=_GRACE)
 
     def kill(self, jobs: Sequence[Job]) -> None:
         """Delete the pods at once."""
@@ -136,7 +137,7 @@ class _Life:
         self._count = 0
         self._relays: dict[int, Relay] = {}
         self._relay_lock = threading.Lock()
-        self._undeleted: list[tuple[KubernetesJob, int | None]] = []
+        self._undeleted: list[tuple[KubernetesJob, int]] = []
         self._deleting: threading.Thread | None = None
         self._closed = threading.Event()
         self._capacity = capacity.Capacity(access)
@@ -232,12 +233,12 @@ class _Life:
             self._lock.wait_for(lambda: any(job.ended for job in jobs), timeout)
         return self.status(jobs)
 
-    def delete(self, jobs: Sequence[KubernetesJob], grace: int | None) -> None:
+    def delete(self, jobs: Sequence[KubernetesJob], grace: int) -> None:
         with self._lock:
             todo = []
             for job in jobs:
                 # One that has ended keeps its pod, and with it its log, until it is killed.
-                if job.gone or (grace is None and (job.ended or job.ours)):
+                if job.gone or (grace and (job.ended or job.ours)):
                     continue
                 job.ours = True
                 if job.tried:
@@ -268,7 +269,7 @@ class _Life:
                 raise StartError(self._words(error, "delete pods")) from error
             raise error
 
-    def _delete_later(self, job: KubernetesJob, grace: int | None) -> None:
+    def _delete_later(self, job: KubernetesJob, grace: int) -> None:
         with self._lock:
             if grace == 0:
                 job.vanished()  # for the program it has ended; the pod will follow

@@ -144,6 +144,8 @@ def _usual(settings: Settings) -> Object:
             # ignore them, and would have to bury strangers.
             "shareProcessNamespace": True,
             "enableServiceLinks": False,
+            # When the cluster itself deletes a pod, because its owner is gone.
+            "terminationGracePeriodSeconds": 5,
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": _USER,
