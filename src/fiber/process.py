@@ -153,14 +153,14 @@ class Popen:
         self._session = session.current()
         resources = process._resources()
         cpu = resources.cpu or config.cpu_per_job
-        agent = self._session.agent(process._backend or registry.chosen(), resources)
+        agent = self._session.agency.get(process._backend or registry.chosen(), resources)
         self._takes_fds = agent.takes_fds
         self._fds: list[Any] = []  # of `Descriptor`
         try:
             with session.handing() as handed:
                 data = pickle_process(process, self, agent.names)
             with self._session.loop:
-                self.child = self._session.spawn(
+                self.child = self._session.agency.spawn(
                     agent,
                     process.name,
                     data,

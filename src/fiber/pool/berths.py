@@ -18,7 +18,7 @@ from fiber.errors import StartError
 from fiber.resources import Resources
 from fiber.runtime.agents import Agent
 from fiber.runtime.loop import Event
-from fiber.runtime.session import Session, is_elsewhere
+from fiber.runtime.session import Session
 
 if TYPE_CHECKING:
     from fiber.runtime.remote import RemoteAgent
@@ -58,18 +58,18 @@ class Berths:
         self._on_ending = on_ending
         self._each = config.workers_per_job
         self._used: dict[RemoteAgent, int] = {}
-        self.elsewhere = is_elsewhere(backend)
+        self.elsewhere = session.agency.is_elsewhere(backend)
         if self.elsewhere:
-            session.prepare(backend)
+            session.agency.prepare(backend)
             with session.loop:
                 for _ in range(-(-workers // self._each)):
                     self._order()
             self.names = self._wait_for_one()
         else:
-            self.names = session.agent(backend, resources).names
+            self.names = session.agency.get(backend, resources).names
 
     def _order(self) -> RemoteAgent:
-        agent = self._session.agent_soon(self._backend, self._resources, self._each)
+        agent = self._session.agency.soon(self._backend, self._resources, self._each)
         agent.kept = True  # type: ignore[attr-defined]
         agent.on_ending = lambda: self._on_ending(agent)  # type: ignore[attr-defined]
         self._used[agent] = 0  # type: ignore[index]
@@ -100,7 +100,7 @@ class Berths:
     def take(self) -> Agent:
         """Return an agent for one more worker; it may not be ready yet, or never be."""
         if not self.elsewhere:
-            return self._session.agent_soon(self._backend, self._resources)
+            return self._session.agency.soon(self._backend, self._resources)
         free = [a for a, used in self._used.items() if a.usable and used < self._each]
         # Where all is ready, a worker is up at once.
         free.sort(key=lambda agent: not agent.ready.is_set)

@@ -244,7 +244,7 @@ class Crew:
         endpoint = self._session.endpoint
         agent = self._berths.take()
         process = WorkerProcess(number, endpoint.address, token)
-        child = self._session.spawn(
+        child = self._session.agency.spawn(
             agent,
             process.name,
             pickle_process(process, self, self._berths.names),

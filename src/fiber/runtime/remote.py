@@ -225,6 +225,11 @@ class RemoteAgent(Agent):
         unknown = vanished and self.status.state is not JobState.ENDED
         return self.status.reason in BLAMELESS or unknown
 
+    def signal(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        for child in list(self._children.values()):
+            child.signal(number)
+
     def dial(self, token: str, path: str) -> None:
         """Have it bring a stream to a socket of its place: somebody will show `token`."""
         self._post(DIAL, (token, path))

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from multiprocessing.process import current_process
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
-from fiber.backends import registry
-from fiber.backends.base import JobSpec
-from fiber.config import config
-from fiber.errors import PeerDied, StartError
-from fiber.resources import Resources, thread_environment
+from fiber.errors import PeerDied
 from fiber.runtime import folders, logs, main
-from fiber.runtime.agents import Agent, Child, standard_streams
+from fiber.runtime.agency import Agency
+from fiber.runtime.agents import Agent, Child
 from fiber.runtime.endpoint import Endpoint
 from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Event, Loop
@@ -37,14 +33,11 @@ from fiber.wire.auth import new_secret
 from fiber.wire.channel import Channel
 
 if TYPE_CHECKING:
-    from fiber.runtime.descriptors import Descriptor, Loans
-    from fiber.runtime.errands import Errands
+    from fiber.runtime.descriptors import Loans
     from fiber.runtime.home import Home
-    from fiber.runtime.orders import Needs
     from fiber.runtime.outside import Outside
     from fiber.runtime.reach import Reach
     from fiber.runtime.refs import Ref, Way
-    from fiber.runtime.remote import RemoteAgent
     from fiber.runtime.splice import Splice
 
 __all__ = ["Session", "current", "inherit", "secret", "shutdown"]
@@ -74,11 +67,7 @@ class Session:
         """Held by the master from when there is a folder: its end, however it comes, lets go."""
         self._janitor: folders.Janitor | None = None
         self._endpoint: Endpoint | None = None
-        self._agents: dict[tuple[str, int], Agent] = {}
-        self._remote_agents: set[RemoteAgent] = set()
-        self._orders: Outside | Errands | None = None
-        """Who has jobs started elsewhere for this process, from when it wants any."""
-        self._preparation: dict[str, Any] = {}
+        self.agency = Agency(self, "network" in _inherited, self._on_exited)
         self._home: Home | None = None
         self.blocks = Blocks(self.memory_folder)
         self._memory_hold: int | None = None
@@ -91,7 +80,6 @@ class Session:
         """References to served objects that this process has, by address and identity."""
         self.users: WeakSet[Ref] = WeakSet()
         """Those that were used; in a child of `os.fork` its parent's as well."""
-        self._closing = False
 
     @property
     def folder(self) -> str:
@@ -106,7 +94,9 @@ class Session:
     @property
     def outside(self) -> Outside | None:
         """What the master does for processes elsewhere, if there are any."""
-        return self._orders if self._lock is not None else None  # type: ignore[return-value]
+        if self._lock is None:
+            return None
+        return self.agency.orders  # type: ignore[return-value]  # a master has no errands
 
     @property
     def endpoint(self) -> Endpoint:
@@ -126,7 +116,7 @@ class Session:
             place = (self.folder, os.getpid())
             self._home = Home(self.loop, self.endpoint, identity["name"], place)
             self._home.own_blocks = self.blocks
-            self._home.forgiven = self._was_told_to_end
+            self._home.forgiven = self.agency.told_to_end
         return self._home
 
     @property
@@ -154,7 +144,7 @@ class Session:
 
     def keep_clean(self) -> None:
         """See that somebody removes the session's shared memory should this process be killed."""
-        cleaned = self._lock is None or any(agent.usable for agent in self._agents.values())
+        cleaned = self._lock is None or self.agency.usable
         if not cleaned and self._janitor is None:
             try:
                 self._janitor = folders.Janitor(self.folder)
@@ -187,10 +177,7 @@ class Session:
         """Return what `wire.pickling.dumps` has to know of the main module of other processes."""
         if _inherited:
             return main.missing(_inherited["names"])
-        for agent in (*self._agents.values(), *self._remote_agents):
-            if agent.ready.is_set and agent.error is None:
-                return main.missing(agent.names)
-        return None if main.describe() else frozenset()
+        return self.agency.names()
 
     def _on_exited(self, child: Child, code: int | None) -> None:
         """A process that we started has ended, which nobody knows yet."""
@@ -199,113 +186,6 @@ class Session:
             self._home.read_all(process)
             if child.handed:
                 self._home.ended(child.name, process, child.handed, code != 0)
-
-    def _was_told_to_end(self, process: tuple[str, int]) -> bool:
-        place, pid = process
-        agents = (*self._agents.values(), *self._remote_agents)
-        return any(agent.place == place and agent.was_told_to_end(pid) for agent in agents)
-
-    def agent(self, backend: str, resources: Resources) -> Agent:
-        """Return an agent of `backend`, ready to start a process with `resources`.
-
-        One that is elsewhere is for that process alone, and ends with it.
-
-        Raises:
-            StartError: it did not come up; the message says why.
-        """
-        self.prepare(backend)
-        with self.loop:
-            agent = self.agent_soon(backend, resources)
-        try:
-            self.loop.wait(agent.ready)
-        except BaseException:
-            if agent.elsewhere and not self.loop.closed:
-                with self.loop:
-                    agent.close()
-            raise
-        if agent.error is not None:
-            raise StartError(agent.error)
-        return agent
-
-    def prepare(self, backend: str) -> None:
-        """See that processes of `backend` can be started. Not within the loop.
-
-        Raises:
-            ConfigError, StartError: they cannot be; the message says why.
-        """
-        if not is_elsewhere(backend):
-            return
-        with _making:
-            from fiber.runtime import starting
-
-            if self._orders is None:
-                self._orders = starting.orders(self)
-            if not self._preparation:
-                self._preparation = starting.preparation(self, self._orders)
-
-    def agent_soon(self, backend: str, resources: Resources, processes: int = 1) -> Agent:
-        """As `agent`, but it may not be ready yet, or never be. Within the loop.
-
-        One that is elsewhere is for `processes` of them, and stays until it is closed.
-        """
-        if self._closing:
-            return Agent.failed(self.loop, "the session has ended")
-        if is_elsewhere(backend):
-            return self._order(backend, (resources, processes))
-        cpu = resources.cpu or config.cpu_per_job
-        key = (backend, cpu)
-        agent = self._agents.get(key)
-        if agent is None or not agent.usable:
-            agent = self._agents[key] = self._submit(backend, cpu)
-            agent.on_exited = self._on_exited
-        return agent
-
-    def _submit(self, backend: str, cpu: int) -> Agent:
-        agent = Agent(self.loop, f"the {backend} agent", self.folder)
-        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        from multiprocessing import util  # not needed to import Fiber, and slow
-
-        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        program = (
-            # The folder that the program happens to be started in shall not hide modules.
-            f"import sys; sys.path = [*filter(None, sys.path), {package!r}]; "
-            "from fiber.runtime.agent import main; main()"
-        )
-        spec = JobSpec(
-            name=agent.name,
-            command=[sys.executable, *flags, "-c", program],
-            environment={
-                **environment(cpu),
-                "FIBER_INTERNAL_SESSION": self.folder,
-                "FIBER_INTERNAL_ADDRESS": self.endpoint.address,
-            },
-            resources=Resources(cpu=cpu),
-        )
-        preparation = {
-            "sys_path": list(sys.path),
-            "argv": list(sys.argv),
-            "cwd": _current_folder(),
-            "main": main.describe(),
-            "modules": sorted(name for name in sys.modules if name.startswith("fiber.")),
-            "key": (backend, cpu),
-        }
-        timeout = config.start_timeout
-        agent.submit(registry.get(backend), spec, self.endpoint, preparation, timeout)
-        return agent
-
-    def _order(self, backend: str, needs: Needs) -> Agent:
-        """Have a job started elsewhere; return its agent."""
-        from fiber.runtime.starting import begin
-
-        assert self._orders is not None
-        agent = begin(self, self._orders, backend, needs, self._preparation)
-        agent.on_exited = self._on_exited
-        self._remote_agents.add(agent)
-        return agent
-
-    def forget_agent(self, agent: RemoteAgent) -> None:
-        """It has ended."""
-        self._remote_agents.discard(agent)
 
     @property
     def master_address(self) -> str | None:
@@ -322,58 +202,15 @@ class Session:
         """The private key of the session's certificate, for those whose jobs shall use it."""
         from fiber.runtime.outside import Outside
 
-        if isinstance(self._orders, Outside):
-            return self._orders.key
+        if isinstance(self.agency.orders, Outside):
+            return self.agency.orders.key
         return bytes(_inherited.get("tls_key", b""))
-
-    def spawn(
-        self,
-        agent: Agent,
-        name: str,
-        process: bytes,
-        *,
-        cpu: int = 1,
-        extra_environment: dict[str, str] | None = None,
-        capture_stderr: bool = False,
-        ignore_interrupt: bool = False,
-        fds: Sequence[Descriptor] = (),
-    ) -> Child:
-        """Have `agent` start a process. Within the loop.
-
-        Args:
-            agent: one of this session's, ready.
-            name: for messages.
-            process: a pickled `Process` object.
-            cpu: how many CPUs it uses.
-            extra_environment: variables of its own.
-            capture_stderr: keep the last lines that it writes to its standard error.
-            ignore_interrupt: let it ignore SIGINT.
-            fds: what goes along with it; let go of when it is sent.
-        """
-        extra = extra_environment or {}
-        request = {
-            "cpu": cpu,
-            "environment": extra if agent.elsewhere else {**environment(cpu), **extra},
-            "cwd": _current_folder(),
-            "sys_path": list(sys.path),
-            "argv": list(sys.argv),
-            "config": {**config.as_dict(), **agent.settings},
-            "logging": logs.of_multiprocessing(),
-            "parent": os.getpid(),
-            "process": process,
-            "capture_stderr": capture_stderr,
-            "ignore_interrupt": ignore_interrupt or _ignores_interrupt(),
-            "by_value": "cloudpickle" in sys.modules,
-        }
-        streams = [] if agent.elsewhere else standard_streams()
-        return agent.spawn(name, request, [*streams, *fds])
 
     def close(self, reason: BaseException | None = None, *, orderly: bool = True) -> None:
         """End this part; the master's end is the end of the session. `reason` as for the loop."""
         if not (self.loop.failed or self.loop.closed):
             self._send_all()
         with self.loop:
-            self._closing = True
             for way in self._ways.values():
                 way.close(orderly)
             if self._home is not None:
@@ -382,20 +219,14 @@ class Session:
                 self._loans.close()
             for splice in list(self._splices):
                 splice.close()
-            for agent in (*self._agents.values(), *self._remote_agents):
-                agent.close()
-            if self._orders is not None:
-                self._orders.close()
+            self.agency.close()
             if self._endpoint is not None:
                 self._endpoint.close()
             self.blocks.close()
             self.reader.close()
             self._let_go_of_memory()
         self.loop.close(reason)
-        for agent in self._agents.values():
-            agent.collect()
-        if self._orders is not None:
-            self._orders.collect()
+        self.agency.collect()
         if self._lock is not None:
             folders.remove(self.folder)
             os.close(self._lock)
@@ -413,7 +244,7 @@ class Session:
                     log(WARNING, "what was put into a queue is lost: %s", error)
         for way in list(self._ways.values()):
             way.drain()
-        if self._loans is not None and (self._lock is None or self._orders is not None):
+        if self._loans is not None and (self._lock is None or self.agency.orders is not None):
             self._loans.linger()
         deadline = monotonic() + _LAST_BYTES
         while monotonic() < deadline:
@@ -440,24 +271,6 @@ class Session:
             self._janitor.forget()
 
 
-def environment(cpu: int) -> dict[str, str]:
-    """Return this process's environment with the thread counts that `cpu` CPUs call for."""
-    return {**os.environ, **thread_environment(cpu, os.environ)}
-
-
-def _current_folder() -> str:
-    """Return the current folder, "" if it was removed: no reason to fail."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
-
-
-def _ignores_interrupt() -> bool:
-    """Whether this process was told to ignore Ctrl-C, as programs in the background are."""
-    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
 # The session of this process -------------------------------------------------------------------
 
 _current: Session | None = None
@@ -479,6 +292,7 @@ def current() -> Session:
             from multiprocessing import util
 
             util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
+            util.Finalize(None, _pass_on_interrupt, exitpriority=100)
             with _undisturbed():
                 _current = _take_part() if _inherited else _begin()
         return _current
@@ -507,21 +321,8 @@ def _take_part() -> Session:
     with session.loop:
         channel = Channel(_inherited["socket"])
         agent = Agent.inherited(session.loop, channel, _inherited["names"], _inherited["folder"])
-        agent.on_exited = session._on_exited
-    session._agents[_inherited["key"]] = agent
+        session.agency.inherit(_inherited["key"], agent)
     return session
-
-
-def is_elsewhere(backend: str) -> bool:
-    """Whether processes of `backend` run apart from this one.
-
-    Raises:
-        ConfigError, StartError: there is no such backend, or it cannot be used.
-    """
-    if backend == "local":
-        return False
-    # Processes that are elsewhere themselves have not what talks to a manager.
-    return "network" in _inherited or registry.get(backend).elsewhere
 
 
 def reach() -> Reach | Outside:
@@ -647,6 +448,15 @@ def shutdown(reason: BaseException | None = None, *, orderly: bool = True) -> No
 def _shutdown_at_exit() -> None:
     # Daemonic threads that still wait end without a word: threading ignores SystemExit.
     shutdown(SystemExit("the program ended"), orderly=_is_orderly(sys.exc_info()[1]))
+
+
+def _pass_on_interrupt() -> None:
+    """Before the processes are joined: a terminal's Ctrl-C reaches only those that are here."""
+    interactive = hasattr(sys, "ps1")  # it was of a line long ago
+    error = sys.exc_info()[1] or (None if interactive else getattr(sys, "last_value", None))
+    if isinstance(error, KeyboardInterrupt) and _current is not None:
+        with _current.loop:
+            _current.agency.interrupt()
 
 
 def _is_orderly(error: BaseException | None) -> bool:

@@ -41,6 +41,7 @@ def orders(session: Session) -> Outside | Errands:
     """
     master = session.master_address
     if master is None:
+        session.keep_clean()  # there may be no agent on this machine
         with session.loop:
             return Outside(session)
     channel = connect(master, _CONNECT_TIMEOUT)
@@ -90,7 +91,7 @@ def begin(
     def gone() -> None:
         if isinstance(by, Outside):
             by.place_is_gone(agent.place)
-        session.forget_agent(agent)
+        session.agency.forget(agent)
 
     agent.on_gone = gone
     return agent
