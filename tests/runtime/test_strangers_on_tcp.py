@@ -36,6 +36,7 @@ from fiber.runtime import session
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.gateway import open_stream
 from fiber.runtime.orders import ORDER
+from fiber.runtime.outside import Outside
 from fiber.wire import channel as wire
 from fiber.wire.auth import CallerHandshake, new_secret
 from fiber.wire.channel import Channel, authenticate
@@ -53,10 +54,10 @@ class Port:
 
     def __init__(self) -> None:
         self.session = session.current()
-        self.session.prepare("docker")  # which does not ask the engine
-        assert self.session.outside is not None
-        self.number = self.session.outside.port
-        self.certificate = self.session.outside.certificate
+        with self.session.loop:
+            self._outside = Outside(self.session)
+        self.number = self._outside.port
+        self.certificate = self._outside.certificate
         self.context = client_context(self.certificate)
         self.address = f"tcp:127.0.0.1:{self.number}"
         self.secret = self.session.secret
@@ -71,14 +72,20 @@ class Port:
         """Connect as a process of the session does."""
         return wire.connect(self.address, self.secret, PATIENCE, self.context)
 
+    def close(self) -> None:
+        with self.session.loop:
+            self._outside.close()
+
     def let_in(self) -> None:
         """See that one of the session gets in."""
         self.channel().close()
 
 
 @pytest.fixture
-def port(live: Live) -> Port:
-    return Port()
+def port(live: Live) -> Iterator[Port]:
+    port = Port()
+    yield port
+    port.close()
 
 
 def read_to_the_end(sock: Sock) -> bytes:
