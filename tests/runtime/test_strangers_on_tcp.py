@@ -280,6 +280,32 @@ def test_who_resets_the_connection_before_it_is_accepted_disturbs_nobody(
     assert len(warnings_in(caplog)) <= 1
 
 
+def test_a_rush_of_strangers_keeps_nobody_out(live: Live, port: Port, start_script: Any) -> None:
+    """Another process connects and lets go, as fast as it can, while others want to get in."""
+    rush = start_script(
+        """
+import collections, socket, sys
+held = collections.deque()
+print("begin", flush=True)
+while True:
+    try:
+        held.append(socket.create_connection(("127.0.0.1", int(sys.argv[1])), 1))
+    except OSError:
+        continue
+    if len(held) > 200:
+        held.popleft().close()
+""",
+        str(port.number),
+    )
+    assert rush.stdout.readline() == "begin\n"
+    for _ in range(5):
+        port.let_in()
+    live.goes_on()
+    assert rush.poll() is None
+    rush.kill()
+    rush.wait()
+
+
 class Recorder:
     """Stands between a caller and the port, and keeps what the caller sends."""
 
