@@ -80,6 +80,8 @@ class Access:
         self._refused: tuple[type[Exception], ...] = (client.ApiException,)
         # Not Configuration(): that copies a default, which the program may have changed for itself.
         self._configuration = type.__call__(client.Configuration)
+        # What is worth another attempt is tried again here; urllib3 would log a warning for each.
+        self._configuration.retries = False
         self.in_pod = detect.in_pod() and place.context is None
         namespace = place.namespace
         try:
