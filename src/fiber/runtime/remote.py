@@ -207,6 +207,10 @@ class RemoteAgent(Agent):
         if status.state is not JobState.ENDED:
             self._fail(f"closed its connection{phase}, and nobody knows why")
             return
+        words = status.message.removeprefix("The ")
+        if not phase and words.startswith(f"{self.name} "):  # it names the job, as we do
+            self._fail(words.removeprefix(f"{self.name} "))
+            return
         parts = [status.message or status.reason]
         if not any(parts) and status.exit_code is not None:
             parts = [f"exit code {status.exit_code}"]
