@@ -142,6 +142,10 @@ class Site(ABC):
         """Return the settings of a program, as variables."""
 
     @abstractmethod
+    def nowhere(self) -> dict[str, str]:
+        """Return further settings, with which the engine is looked for where there is none."""
+
+    @abstractmethod
     def packages(self) -> dict[str, str]:
         """Return further settings, with which jobs have the packages of these tests."""
 
@@ -260,6 +264,9 @@ class Docker(Site):
             "FIBER_IMAGE": IMAGE,
             "FIBER_DOCKER_OPTIONS": json.dumps({"labels": labels}),
         }
+
+    def nowhere(self) -> dict[str, str]:
+        return {"DOCKER_HOST": f"unix://{self.folder}/none.sock"}
 
     def packages(self) -> dict[str, str]:
         return {

@@ -108,12 +108,15 @@ def run(
         print(f"fiber: the process {request['name']} cannot be unpickled:", file=sys.stderr)
         traceback.print_exc()
         return 1
+    from multiprocessing import util
+
+    # What is registered by now is forgotten by `_bootstrap`, as after any fork.
+    util.register_after_fork(session, session.heed_interrupts)
     code: int
     sentinel = _parent_sentinel(request["parent"], upstream)
     if sys.version_info >= (3, 13):
         # Since then it is for whoever starts a process to see that it runs its exit functions.
         import atexit
-        from multiprocessing import util
 
         atexit._clear()  # those of the agent
         atexit.register(util._exit_function)

@@ -292,7 +292,7 @@ def current() -> Session:
             from multiprocessing import util
 
             util.Finalize(None, _shutdown_at_exit, exitpriority=-100)
-            util.Finalize(None, _pass_on_interrupt, exitpriority=100)
+            heed_interrupts()
             with _undisturbed():
                 _current = _take_part() if _inherited else _begin()
         return _current
@@ -448,6 +448,13 @@ def shutdown(reason: BaseException | None = None, *, orderly: bool = True) -> No
 def _shutdown_at_exit() -> None:
     # Daemonic threads that still wait end without a word: threading ignores SystemExit.
     shutdown(SystemExit("the program ended"), orderly=_is_orderly(sys.exc_info()[1]))
+
+
+def heed_interrupts(_: object = None) -> None:
+    """Have a Ctrl-C that ends this process end those that it started elsewhere."""
+    from multiprocessing import util
+
+    util.Finalize(None, _pass_on_interrupt, exitpriority=100)
 
 
 def _pass_on_interrupt() -> None:
