@@ -79,27 +79,34 @@ class Program:
         """Negative for a signal; None while it runs."""
         return self._process.poll()
 
-    def wait_for(self, text: str, patience: float = PATIENCE) -> None:
+    def wait_for(self, text: str) -> None:
         """Wait until it has printed `text`."""
+        self.wait_until(lambda: text in self.out, f"{text!r} printed")
 
-        def printed() -> bool:
-            return text in self.out or self.exit_code is not None
-
-        deadline = time.monotonic() + patience
-        while not printed() and time.monotonic() < deadline:
+    def wait_until(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait until `condition`; fail if it has ended before, or that takes too long."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if self.exit_code is not None and not condition():
+                pytest.fail(f"It has ended, and not: {what}. {self.all()}")
+            if time.monotonic() > deadline:
+                self._dump()
+                pytest.fail(f"After {PATIENCE:g} s still not: {what}. {self.all()}")
             time.sleep(0.02)
-        if text not in self.out:
-            pytest.fail(f"It did not print {text!r} within {patience:g} s. {self.all()}")
 
     def end(self, patience: float = PATIENCE) -> int:
         """Wait until it has ended by itself; return its exit code."""
         try:
             return self._process.wait(patience)
         except subprocess.TimeoutExpired:
-            self.signal(signal.SIGABRT)  # faulthandler shows where it hangs
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(2)
+            self._dump()
             pytest.fail(f"After {patience:g} s it is still there. {self.all()}")
+
+    def _dump(self) -> None:
+        """Have it write where it hangs, and end."""
+        self.signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2)
 
     def all(self) -> str:
         """Return all that is known of it, for a test that fails."""

@@ -174,7 +174,7 @@ if __name__ == "__main__":
 def test_a_master_that_is_killed_leaves_nothing(site: Site) -> None:
     program = site.start(BUSY)
     program.wait_for("begun")
-    until(lambda: len(site.jobs()) == 4, "four jobs")
+    program.wait_until(lambda: len(site.jobs()) == 4, "four jobs")
     program.kill()
     site.leaves_nothing(30)
 
@@ -182,7 +182,7 @@ def test_a_master_that_is_killed_leaves_nothing(site: Site) -> None:
 def test_a_master_that_is_killed_while_it_starts_leaves_nothing(site: Site) -> None:
     for seconds in (0.0, 0.4, 0.8):
         program = site.start(BUSY)
-        until(site.left, "the first job")
+        program.wait_until(site.left, "the first job")
         time.sleep(seconds)
         program.kill()
         site.leaves_nothing(30)

@@ -153,6 +153,47 @@ def test_two_backends_side_by_side(site: Site) -> None:
     assert program.lines == ["[False, True]", "True False"]
 
 
+DEEP = """
+import fiber
+import helpers
+
+class Thing:
+    def __init__(self, value):
+        self.value = value
+
+def inner(things, results):
+    thing = things.get(timeout=60)
+    results.put((type(thing) is Thing, helpers.half(thing.value)))
+
+def outer(things, results):
+    process = fiber.Process(target=inner, args=(things, results))
+    process.start()
+    process.join()
+    with fiber.Pool(1) as pool:
+        results.put(pool.map(late, [Thing(2), Thing(4)]))
+
+def late(thing):
+    import later
+    return later.double(thing.value)
+
+if __name__ == "__main__":
+    things, results = fiber.Queue(), fiber.Queue()
+    process = fiber.Process(target=outer, args=(things, results))
+    process.start()
+    things.put(Thing(6))
+    print(results.get(timeout=60), results.get(timeout=60))
+    process.join()
+"""
+
+
+def test_processes_of_processes_know_the_program(site: Site) -> None:
+    files = {
+        "helpers.py": "def half(x): return x / 2",
+        "later.py": "def double(x): return 2 * x",
+    }
+    assert site.run(DEEP, files=files).lines == ["(True, 3.0) [4, 8]"]
+
+
 MULTIPROCESSING = """
 import fiber as multiprocessing
 from fiber.pool import Pool, ThreadPool

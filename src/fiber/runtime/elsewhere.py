@@ -256,6 +256,7 @@ class AgentElsewhere(Agent):
             "network": self._reach.network,
             "host": self._host,
             "tls_key": self.preparation["tls_key"],
+            "program": self.preparation["main"],
         }
         return {**super().facts(), "tops": self.preparation["tops"], "elsewhere": elsewhere}
 

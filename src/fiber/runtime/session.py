@@ -143,13 +143,14 @@ class Session:
         return folders.memory_folder(self.folder)
 
     def keep_clean(self) -> None:
-        """See that somebody removes the session's shared memory should this process be killed."""
+        """See that somebody removes what the session has here should this process be killed."""
+        folder = self.folder  # which is made now if there was none
         cleaned = self._lock is None or self.agency.usable
         if not cleaned and self._janitor is None:
             try:
-                self._janitor = folders.Janitor(self.folder)
+                self._janitor = folders.Janitor(folder)
             except OSError as error:
-                log(WARNING, "shared memory would stay if this process was killed: %s", error)
+                log(WARNING, "files would stay if this process was killed: %s", error)
 
     def way(self, address: str) -> Way:
         """Return the way to the home at `address`, which may be this process."""
@@ -373,6 +374,11 @@ def folder() -> str:
 def host() -> str:
     """Return the address of the host of this place, "" in the master's own place."""
     return str(_inherited.get("host", ""))
+
+
+def program() -> Any:
+    """Return the main module's file, name and source, as a process elsewhere was told them."""
+    return _inherited.get("program")
 
 
 def keep_clean() -> None:

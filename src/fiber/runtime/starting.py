@@ -21,6 +21,7 @@ from fiber.runtime.orders import Needs
 from fiber.runtime.outside import Outside
 from fiber.runtime.places import connect
 from fiber.runtime.remote import RemoteAgent
+from fiber.runtime.session import program
 
 if TYPE_CHECKING:
     from fiber.runtime.session import Session
@@ -51,7 +52,7 @@ def orders(session: Session) -> Outside | Errands:
 
 def preparation(session: Session, by: Outside | Errands) -> dict[str, Any]:
     """Return what an agent elsewhere is told of this program."""
-    source = main_source(main.describe())
+    source = program() or main_source(main.describe())
     project = by.project if isinstance(by, Outside) else Project()
     loaded = sorted(name for name in sys.modules if name.startswith("fiber."))
     return {
