@@ -1,6 +1,6 @@
 """The real cluster of the tests: a namespace for each test, and what the tests look at in it.
 
-`KUBECONFIG` names it; nodes have the image local/python:3.11, a stock Python without Fiber.
+`KUBECONFIG` names it; nodes have the image local/python:X.Y, a stock Python without Fiber.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +22,8 @@ from fiber.backends.kubernetes import rbac
 from fiber.backends.kubernetes.backend import KubernetesBackend
 from fiber.config import config
 
-IMAGE = "local/python:3.11"
-MASTER_IMAGE = "local/fiber-master:3.11"
+VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+IMAGE = f"local/python:{VERSION}"
 ROOT = Path(__file__).resolve().parents[2]
 BEDS = Path(os.environ.get("FIBER_TEST_BEDS", ROOT.parent / "shared" / "testbeds"))
 TEST_BED = Path("/var/cache/k8s-ci/cluster")
@@ -134,6 +136,73 @@ def apply_rights(namespace: Namespace) -> None:
     rights.create_namespaced_role_binding(namespace.name, binding)
 
 
+@functools.cache
+def master_image() -> str:
+    """Return the image of masters in pods, made if it is not there: it has what they import."""
+    name = f"local/fiber-master:{VERSION}"
+    here = ["docker", "image", "inspect", name]
+    if subprocess.run(here, check=False, capture_output=True).returncode != 0:
+        recipe = f"FROM {IMAGE}\nRUN pip install --quiet kubernetes cryptography\n"
+        _run(["docker", "build", "--quiet", "--tag", name, "-"], recipe, 300)
+        # The first node is this Docker; the others have their own.
+        _run([str(BEDS / "kubernetes" / "load.sh"), name], "", 120)
+    return name
+
+
+def _run(command: list[str], text: str, timeout: float) -> None:
+    done = subprocess.run(
+        command,
+        check=False,
+        input=text,
+        text=True,
+        capture_output=True,
+        env=_unmarked(),
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
+
+
+def _unmarked() -> dict[str, str]:
+    """The environment, without the mark by which this run finds what it left behind."""
+    return {name: value for name, value in os.environ.items() if name != "TESTS_OF_FIBER"}
+
+
+@contextlib.contextmanager
+def cut_off() -> Iterator[list[str]]:
+    """Make a place where only the API server can be reached, and nobody gets in.
+
+    As behind NAT or a firewall. A command that has before it what is returned runs there.
+    """
+    if os.getuid() != 0:
+        pytest.skip("only root can make a network namespace")
+    name = f"fiber-{os.urandom(3).hex()}"
+    host, guest = f"{name}h"[:15], f"{name}g"[:15]
+    net = f"10.77.{os.urandom(1)[0]}"
+    server = core().api_client.configuration.host.rsplit("//", 1)[1].rsplit(":", 1)[0]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", host, "type", "veth", "peer", "name", guest, "netns", name)
+        ip("addr", "add", f"{net}.1/30", "dev", host)
+        ip("link", "set", host, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", name, "addr", "add", f"{net}.2/30", "dev", guest)
+        ip("-n", name, "link", "set", guest, "up")
+        ip("-n", name, "route", "add", f"{server}/32", "via", f"{net}.1")
+        for rule in (
+            "-A INPUT -i lo -j ACCEPT",
+            "-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+            "-A INPUT -j DROP",
+        ):
+            ip("netns", "exec", name, "iptables", "-w", *rule.split())
+        yield ["ip", "netns", "exec", name]
+    finally:
+        ip("netns", "del", name)  # and with it its end of the cable, and so the other one
+
+
 def service(name: str) -> int:
     """Return the process ID of a part of the test bed; the test is skipped elsewhere."""
     try:
@@ -145,14 +214,12 @@ def service(name: str) -> int:
 def bring_back() -> None:
     """Start again what was ended of the test bed."""
     nodes = len(list((TEST_BED / "pids").glob("kubelet-*")))
-    # What it starts stays, and must not bear the mark by which this run finds what it left behind.
-    clean = {name: value for name, value in os.environ.items() if name != "TESTS_OF_FIBER"}
     for attempt in range(3):  # it can be run again, and sometimes has to be
         done = subprocess.run(
             [BEDS / "kubernetes" / "up.sh"],
             check=attempt == 2,
             timeout=120,
-            env={**clean, "K8S_NODES": str(nodes)},
+            env={**_unmarked(), "K8S_NODES": str(nodes)},  # what it starts stays
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )

@@ -25,7 +25,7 @@ from fiber.errors import ConfigError, StartError
 from fiber.resources import Resources
 from fiber.testing import BackendConformance
 
-IMAGE = "local/python:3.11"
+IMAGE = f"local/python:{sys.version_info[0]}.{sys.version_info[1]}"
 SOCKET = "/var/run/docker.sock"
 SRC = Path(__file__).resolve().parents[2] / "src"
 PATIENCE = 30.0

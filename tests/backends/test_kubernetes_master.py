@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -114,6 +115,16 @@ def running(backend: KubernetesBackend, *jobs: Any) -> None:
     )
 
 
+def report_of(master: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what a master outside reported."""
+    assert master.stdout is not None
+    assert master.stderr is not None
+    line = master.stdout.readline()
+    assert line, master.stderr.read()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
 def cleaned_up(namespace: Namespace, folder: Path) -> None:
     """Wait until nothing is left of a master in `folder`, and who removed it has ended."""
     namespace.becomes_empty(SOON)
@@ -138,10 +149,20 @@ def test_a_master_outside_that_is_killed_leaves_nothing(
 ) -> None:
     about = [settings(namespace), WORKER, 3, "time.sleep(300)"]
     master = start_script(MASTER, json.dumps(about))
-    assert master.stdout is not None
-    report = json.loads(master.stdout.readline())
+    report = report_of(master)
     assert len(report["said"]) == 3
     assert len(namespace.secrets()) == 1
+    master.send_signal(signal.SIGKILL)
+    cleaned_up(namespace, tmp_path)
+
+
+def test_a_fork_that_outlives_the_master_keeps_nobody_from_cleaning_up(
+    namespace: Namespace, tmp_path: Path, start_script: Callable[..., subprocess.Popen[str]]
+) -> None:
+    fork = "import os; os.fork(); time.sleep(300)"
+    master = start_script(MASTER, json.dumps([settings(namespace), WORKER, 1, fork]))
+    report_of(master)
+    until(lambda: len(psutil.Process(master.pid).children()) == 2, "the fork and who cleans up")
     master.send_signal(signal.SIGKILL)
     cleaned_up(namespace, tmp_path)
 
@@ -177,37 +198,12 @@ def test_directly_where_pods_reach_this_machine(
 @pytest.fixture
 def laptop(engine: Any, tmp_path: Path) -> Iterator[str]:
     """A Python that runs where only the API server can be reached, and nobody gets in."""
-    if os.getuid() != 0:
-        pytest.skip("only root can make a network namespace")
-    name = f"fiber-{os.urandom(3).hex()}"
-    host, guest = f"{name}h"[:15], f"{name}g"[:15]
-    net = f"10.77.{os.urandom(1)[0]}"
-    server = core().api_client.configuration.host.rsplit("//", 1)[1].rsplit(":", 1)[0]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    ip("netns", "add", name)
-    try:
-        ip("link", "add", host, "type", "veth", "peer", "name", guest, "netns", name)
-        ip("addr", "add", f"{net}.1/30", "dev", host)
-        ip("link", "set", host, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", name, "addr", "add", f"{net}.2/30", "dev", guest)
-        ip("-n", name, "link", "set", guest, "up")
-        ip("-n", name, "route", "add", f"{server}/32", "via", f"{net}.1")
-        for rule in (
-            "-A INPUT -i lo -j ACCEPT",
-            "-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
-            "-A INPUT -j DROP",
-        ):
-            ip("netns", "exec", name, "iptables", "-w", *rule.split())
+    engine("kubernetes", cluster.probe)
+    with cluster.cut_off() as command:
         wrapper = tmp_path / "python"
-        wrapper.write_text(f'#!/bin/sh\nexec ip netns exec {name} {sys.executable} "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} {sys.executable} "$@"\n')
         wrapper.chmod(0o755)
         yield str(wrapper)
-    finally:
-        ip("netns", "del", name)  # and with it its end of the cable, and so the other one
 
 
 def test_a_master_that_pods_cannot_reach_is_reached_through_a_relay(
@@ -218,8 +214,7 @@ def test_a_master_that_pods_cannot_reach_is_reached_through_a_relay(
 ) -> None:
     about = [settings(namespace), WORKER, 5, "time.sleep(300)"]
     master = start_script(MASTER, json.dumps(about), python=laptop)
-    assert master.stdout is not None
-    report = json.loads(master.stdout.readline())
+    report = report_of(master)
     assert len(report["said"]) == 5
     (relay,) = [pod for pod in namespace.pods() if "relay" in pod.metadata.name]
     assert report["addresses"] == [f"{relay.status.pod_ip}:7070"]
@@ -366,7 +361,7 @@ def master_pod(namespace: Namespace) -> Callable[..., Any]:
                 "containers": [
                     {
                         "name": "main",
-                        "image": cluster.MASTER_IMAGE,
+                        "image": cluster.master_image(),
                         "imagePullPolicy": "IfNotPresent",
                         "workingDir": "/tmp",
                         "command": ["sh", "-c", shell, MASTER, about],
@@ -403,7 +398,7 @@ def test_a_master_in_a_pod(namespace: Namespace, master_pod: Callable[..., Any])
         (owner,) = pod.metadata.owner_references
         assert (owner.kind, owner.name, owner.uid) == ("Pod", "master", own.metadata.uid)
         (container,) = pod.spec.containers
-        assert container.image == cluster.MASTER_IMAGE
+        assert container.image == cluster.master_image()
         assert "/source" in [mount.mount_path for mount in container.volume_mounts]
         assert pod.spec.service_account_name == "fiber"
     # Its death is that of all that it owns, by the cluster itself.

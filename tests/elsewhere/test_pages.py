@@ -90,7 +90,7 @@ def test_the_master_of_the_kubernetes_page_runs_its_program(
     )
     master, _ = manifests()
     [container] = master["spec"]["containers"]
-    container["image"] = cluster.MASTER_IMAGE
+    container["image"] = cluster.master_image()
     container["command"][-1] = container["command"][-1].rpartition("&& ")[2]
     container["env"].append({"name": "PYTHONPATH", "value": "/source"})
     container["volumeMounts"].append({"name": "source", "mountPath": "/source"})
