@@ -232,6 +232,8 @@ def test_frames_of_a_websocket_in_any_pieces() -> None:
         far.sendall(wire[start : start + 997])
         found += websocket.receive()
     assert found == b"a" * 50 + b"b" * 500 + b"c" * 70_000
+    far.sendall(b"\x02\x03\0on" + b"\x80\x01e")  # one message in two fragments
+    assert websocket.receive() == b"one"
     far.sendall(b"\x82\x05\1oops")
     with pytest.raises(ConnectionResetError, match="oops"):
         websocket.receive()

@@ -37,6 +37,7 @@ class WebSocket:
         self._parts: list[bytes] = []
         self._in = bytearray()
         self._greeted: set[int] = set()
+        self._channel = -1
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -86,8 +87,10 @@ class WebSocket:
             raise ConnectionResetError("the API server has closed the port-forward")
         if kind == _PING:
             self._out += _frame(_PONG, bytes(body))
-        elif kind in (0, _BINARY) and len(body) > 0:
-            channel = body[0]
+        elif kind == 0 and self._channel == 0:  # a proxy has cut the message in pieces
+            found += body
+        elif kind == _BINARY and len(body) > 0:
+            channel = self._channel = body[0]
             if channel not in self._greeted:  # the first of each channel repeats the port
                 self._greeted.add(channel)
             elif channel == 0:
