@@ -25,8 +25,8 @@ from fiber.config import config
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 IMAGE = f"local/python:{VERSION}"
 ROOT = Path(__file__).resolve().parents[2]
-BEDS = Path(os.environ.get("FIBER_TEST_BEDS", ROOT.parent / "shared" / "testbeds"))
-TEST_BED = Path("/var/cache/k8s-ci/cluster")
+BEDS = Path(os.environ.get("TEST_BEDS", ROOT.parent / "shared" / "testbeds"))
+TEST_BED = Path(os.environ.get("K8S_DIR", "/var/cache/k8s-ci")) / "cluster"
 PATIENCE = 60.0
 
 if "KUBECONFIG" not in os.environ and (TEST_BED / "admin.kubeconfig").exists():
@@ -97,10 +97,11 @@ class Namespace:
         until(lambda: not self.left(), lambda: f"empty, but for {self.left()}", patience)
 
 
-def takes_pods(namespace: str) -> bool:
-    """Whether pods can be made in it: the first moments of a namespace are too early."""
+def takes_pods(namespace: str, account: str = "default") -> bool:
+    """Whether pods of a service account can be made: its first moments are too early."""
     container = {"name": "probe", "image": IMAGE}
-    body = {"metadata": {"name": "probe"}, "spec": {"containers": [container]}}
+    inner = {"serviceAccountName": account, "containers": [container]}
+    body = {"metadata": {"name": "probe"}, "spec": inner}
     from kubernetes.client import ApiException
 
     try:
@@ -134,6 +135,7 @@ def apply_rights(namespace: Namespace) -> None:
     core().create_namespaced_service_account(namespace.name, account)
     rights.create_namespaced_role(namespace.name, role)
     rights.create_namespaced_role_binding(namespace.name, binding)
+    until(lambda: takes_pods(namespace.name, "fiber"), "the service account is there")
 
 
 @functools.cache
@@ -205,10 +207,20 @@ def cut_off() -> Iterator[list[str]]:
 
 def service(name: str) -> int:
     """Return the process ID of a part of the test bed; the test is skipped elsewhere."""
+    if not (BEDS / "kubernetes" / "up.sh").exists():
+        pytest.skip(f"there is no {BEDS}/kubernetes/up.sh, which would start it again")
     try:
         return int((TEST_BED / "pids" / name).read_text())
     except OSError:
         pytest.skip("the cluster is not the test bed's, whose parts may be ended")
+
+
+def engine_of(node: str) -> str:
+    """Return the address of the Docker engine of a node of the test bed."""
+    service("apiserver")
+    if node == "node-1":  # that of this machine
+        return "unix:///var/run/docker.sock"
+    return f"unix://{TEST_BED}/{node}/run/docker.sock"
 
 
 def bring_back() -> None:

@@ -1,4 +1,4 @@
-"""What the tests elsewhere share: the site, once for each that there is."""
+"""What the tests elsewhere share: the site, once for each that a test is for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.elsewhere.kubernetes_sites import KUBERNETES_SITES
 from tests.elsewhere.sites import SITES, Site
 
+ALL_SITES = {**SITES, **KUBERNETES_SITES}
 
-@pytest.fixture(params=SITES)
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "site" in metafunc.fixturenames:
+        test = metafunc.function.__name__
+        sites = [name for name, kind in ALL_SITES.items() if kind.only is None or test in kind.only]
+        metafunc.parametrize("site", sites, indirect=True)
+
+
+@pytest.fixture
 def site(
     request: pytest.FixtureRequest,
     engine: Callable[..., None],
@@ -17,7 +27,7 @@ def site(
     tmp_path: Path,
 ) -> Iterator[Site]:
     """Where processes run; nothing of a program may be left there after the test."""
-    kind = SITES[request.param]
+    kind = ALL_SITES[request.param]
     engine(kind.backend, kind.probe)
     site = kind(tmp_path)
     yield site

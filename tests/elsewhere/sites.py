@@ -5,7 +5,7 @@
       └──────── Program ◄───────────────┘           site.jobs, kill, remove ─────────────┘
 
 The tests know of a site what is here, and nothing of its engine. A new one is a subclass, and an
-entry in `SITES` with a probe that raises what keeps it from being used.
+entry in `SITES`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).resolve().parent / "programs"
-IMAGE = "local/python:3.11"
+IMAGE = f"local/python:{sys.version_info[0]}.{sys.version_info[1]}"
 """A stock Python: it has nothing of Fiber, and no packages."""
 MARK = "TESTS_OF_FIBER"
 PATIENCE = 60.0
@@ -137,10 +137,17 @@ class Site(ABC):
     backend = ""
     kind = ""
     """What a job is called in messages."""
+    only: frozenset[str] | None = None
+    """The names of the tests that are run there; None: all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._programs: list[Program] = []
+
+    @staticmethod
+    @abstractmethod
+    def probe() -> None:
+        """Raise what keeps the engine from being used."""
 
     # Programs
 
@@ -323,4 +330,4 @@ def _docker_client() -> Any:
     return docker.DockerClient("unix:///var/run/docker.sock")
 
 
-SITES: dict[str, type[Docker]] = {"docker": Docker}
+SITES: dict[str, type[Site]] = {"docker": Docker}

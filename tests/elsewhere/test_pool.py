@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.elsewhere.sites import PROGRAMS, Site
+from tests.elsewhere.sites import IMAGE, PROGRAMS, Site
 
 
 def test_all_methods_work(site: Site) -> None:
@@ -179,7 +179,7 @@ def test_what_the_image_lacks_is_told_in_a_table(site: Site) -> None:
     program = site.run(LACKING, quiet=False)
     told = program.out + program.err
     assert "psutil" in told
-    assert "local/python:3.11" in told
+    assert IMAGE in told
     assert told.count("Traceback") <= 1, program.all()
     assert len(told.splitlines()) < 40, told
 
