@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Outside"]
 
 _DIRECT = 3.0  # seconds in which a gateway must answer that can be reached directly
+_FRESH = 2.0  # seconds for which an answer to "where do jobs reach us" holds
 _CALLBACK = 10.0  # seconds that an agent has to bring a stream
 
 
@@ -77,7 +78,9 @@ class Outside:
         self.certificate, self.key = make_certificate()
         self._client_context = client_context(self.certificate)
         self._jobs: dict[str, Jobs] = {}
-        self._addresses: dict[str, Sequence[str]] = {}  # by backend
+        self._addresses: dict[
+            str, tuple[Sequence[str], float]
+        ] = {}  # by backend; when it was asked
         self._program = bootstrap.text()
         self.project = Project()
         self._server = Server(self.project)
@@ -113,14 +116,7 @@ class Outside:
 
     def _spec(self, backend: Backend, name: str, needs: Needs, token: str, owner: str) -> JobSpec:
         """Describe a job; in the thread that submits it."""
-        addresses = self._addresses.get(backend.name)
-        if addresses is None:
-            own = f"{self._host}:{self.port}" if self._host else None
-            addresses = [own] if own else list(backend.addresses(self.port))
-            self._addresses[backend.name] = addresses
-            # Made once, and here: within the loop, for the first job, it would hold up all else.
-            bundle.bundle(importlib.util.MAGIC_NUMBER)
-            log(DEBUG, "%s jobs reach this process at %s", backend.name, ", ".join(addresses))
+        addresses = self._reached_at(backend)
         return JobSpec(
             name=name,
             command=[*backend.python, "-c", self._program],
@@ -137,6 +133,22 @@ class Outside:
             session=_label(self.session.folder),
             secret=self.session.secret,
         )
+
+    def _reached_at(self, backend: Backend) -> Sequence[str]:
+        """Return where its jobs reach this process: that may change, if there is a relay."""
+        addresses, asked = self._addresses.get(backend.name, ((), -_FRESH))
+        if monotonic() - asked < _FRESH:
+            return addresses
+        if self._host:
+            addresses = [f"{self._host}:{self.port}"]
+        else:
+            addresses = list(backend.addresses(self.port))
+        if not asked > 0:
+            # Made once, and here: within the loop, for the first job, it would hold up all else.
+            bundle.bundle(importlib.util.MAGIC_NUMBER)
+            log(DEBUG, "%s jobs reach this process at %s", backend.name, ", ".join(addresses))
+        self._addresses[backend.name] = (addresses, monotonic())
+        return addresses
 
     def _serve_code(self, link: Link, hello: dict[str, Any]) -> None:
         def answer(frame: Frame) -> None:

@@ -134,6 +134,7 @@ class _Life:
         self._jobs: dict[str, KubernetesJob] = {}
         self._secrets: dict[str, tuple[bytes, str]] = {}
         self._secrets_lock = threading.Lock()
+        self._reached: dict[int, list[str]] = {}  # where pods reach a port directly
         self._count = 0
         self._relays: dict[int, Relay] = {}
         self._relay_lock = threading.Lock()
@@ -371,6 +372,8 @@ class _Life:
                 )
             return direct
         with self._relay_lock:
+            if port in self._reached:
+                return self._reached[port]
             relay = self._relays.get(port)
             if relay is not None and not relay.is_there:
                 self._drop_relay(port)
@@ -384,6 +387,7 @@ class _Life:
                 raise
             if not relay.is_there:
                 self._drop_relay(port)  # pods reach us without it
+                self._reached[port] = found
             return found
 
     def _start_relay(self, port: int, candidates: list[str]) -> Relay:
