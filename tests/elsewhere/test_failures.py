@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import re
 import signal
 import time
 
 import pytest
-from tests.elsewhere.sites import Site, until
+from tests.elsewhere.sites import Site
 
 MAP = """
 import fiber, time
@@ -279,38 +278,3 @@ def test_a_main_module_that_cannot_be_loaded_is_explained(site: Site) -> None:
     assert "StartError" in program.err.splitlines()[-1] or "StartError" in program.err
     assert "RuntimeError: only at home" in program.err
     assert 'raise RuntimeError("only at home")' in program.err
-
-
-SECRET = """
-import fiber, time
-from fiber.runtime import session
-
-def nap(x):
-    print("working")
-    time.sleep(0.01)
-
-if __name__ == "__main__":
-    with fiber.Pool(2) as pool:
-        pool.map(nap, range(20))
-        process = fiber.Process(target=nap, args=(0,))
-        secret = session.secret()
-        print(secret.hex(), flush=True)
-        result = pool.map_async(time.sleep, [600, 600])
-        result.get()
-"""
-
-
-def test_the_secret_is_nowhere_to_be_seen(site: Site) -> None:
-    import base64
-
-    program = site.start(SECRET, env={"FIBER_LOG_LEVEL": "debug"})
-    secret = until(lambda: re.findall(r"^[0-9a-f]{64}$", program.out, re.M), "the secret")[0]
-    described = site.describe()
-    assert described.count("working") >= 2, described
-    raw = bytes.fromhex(secret)
-    told = described + program.err
-    for form in (secret, base64.b64encode(raw).decode().rstrip("="), repr(raw)[2:-1]):
-        assert form not in told
-        assert form.upper() not in told.upper()
-    program.kill()
-    site.leaves_nothing()

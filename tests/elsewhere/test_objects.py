@@ -194,6 +194,34 @@ def test_processes_of_processes_know_the_program(site: Site) -> None:
     assert site.run(DEEP, files=files).lines == ["(True, 3.0) [4, 8]"]
 
 
+EXECUTOR = """
+import concurrent.futures
+import fiber
+
+def square(x):
+    return x * x
+
+if __name__ == "__main__":
+    for workers in (1, 2):
+        executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=fiber.get_context())
+        try:
+            with executor:
+                print(sum(executor.map(square, range(100))))
+        except concurrent.futures.BrokenExecutor as error:
+            print(type(error).__name__)
+"""
+
+
+def test_a_pipe_that_several_read_is_refused(site: Site) -> None:
+    """The executor's workers read one pipe in turn, which cannot be where no memory is shared."""
+    program = site.run(EXECUTOR, quiet=False)
+    assert program.lines[0] == "328350"
+    # It may be done before it hears that its second worker could not begin.
+    assert program.lines[1] in ("328350", "BrokenProcessPool")
+    assert "this end of a pipe is or was read in another container" in program.err
+    assert "use fiber.Pool" in program.err
+
+
 MULTIPROCESSING = """
 import fiber as multiprocessing
 from fiber.pool import Pool, ThreadPool

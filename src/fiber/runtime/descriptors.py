@@ -27,9 +27,9 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fiber.errors import AuthenticationError, PeerDied
+from fiber.errors import AuthenticationError, PeerDied, SerializationError
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
 from fiber.runtime.loop import Event, Link, Loop, Timer
@@ -37,6 +37,9 @@ from fiber.runtime.places import connect, is_far
 from fiber.wire import pickling
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
+
+if TYPE_CHECKING:
+    from fiber.runtime.splice import Splice
 
 __all__ = ["Descriptor", "DupFd", "Loans", "claim", "going_along", "lend"]
 
@@ -164,12 +167,13 @@ class Loans:
         carry: of the session, for streams to other places.
     """
 
-    def __init__(self, loop: Loop, endpoint: Endpoint, carry: Callable[..., object]) -> None:
+    def __init__(self, loop: Loop, endpoint: Endpoint, carry: Callable[..., Splice]) -> None:
         self._carry = carry
         self.address = endpoint.address
         self.loop = loop
         self._kept: dict[Identity, _Kept] = {}
         self._links: set[Link] = set()
+        self._readers: dict[Identity, Splice] = {}  # of pipes, in other places
         self._settled = Event()
         endpoint.serve(SERVICE, self._arrived)
 
@@ -234,8 +238,13 @@ class Loans:
         elsewhere = hello["elsewhere"]
         try:
             handed.append(self.hand_out(hello["number"], Identity(*hello["identity"])))
+            if elsewhere:
+                self._refuse_another(Identity(*hello["identity"]))
         except (LookupError, OSError) as why:
             error = why if isinstance(why, OSError) else LookupError()
+        except SerializationError as why:
+            error = why
+            handed.clear()
 
         def lost() -> None:
             self._links.discard(link)
@@ -244,12 +253,26 @@ class Loans:
         link.on_frame, link.on_lost = _ignore, lost
         if handed and elsewhere:
             link.post(HANDED, pickle.dumps(error))
-            self._relay(link.release(), handed[0])
+            self._relay(link.release(), handed[0], Identity(*hello["identity"]))
             return
         self._links.add(link)
         link.post(HANDED, pickle.dumps(error), (), handed)
 
-    def _relay(self, far: Any, descriptor: Descriptor) -> None:
+    def _refuse_another(self, identity: Identity) -> None:
+        """Refuse to have a pipe read in two other places.
+
+        Each takes what there is as it comes, and does not leave it to who wants to read next.
+        """
+        reader = self._readers.get(identity)
+        if reader is not None and (reader.took or not reader.closed):
+            raise SerializationError(
+                "this end of a pipe is or was read in another container or on another machine, "
+                "where what is for this process may have gone to: use a Queue of Fiber's for "
+                "several readers (concurrent.futures.ProcessPoolExecutor has such pipes: use "
+                "fiber.Pool)"
+            )
+
+    def _relay(self, far: Any, descriptor: Descriptor, identity: Identity) -> None:
         """Have a process of another place use a descriptor of ours, by a stream to it."""
         from fiber.runtime.splice import Pipe
 
@@ -258,7 +281,9 @@ class Loans:
             self._carry(far, socket.socket(fileno=fd))
             return
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        self._carry(far, Pipe(fd), (access != os.O_WRONLY, access != os.O_RDONLY))
+        splice = self._carry(far, Pipe(fd), (access != os.O_WRONLY, access != os.O_RDONLY))
+        if access == os.O_RDONLY:
+            self._readers[identity] = splice
 
     def linger(self) -> None:
         """Wait, when the process is about to end, for what it lent to be claimed, but not long."""

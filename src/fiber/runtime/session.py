@@ -128,13 +128,14 @@ class Session:
             self._loans = Loans(self.loop, self.endpoint, self.carry)
         return self._loans
 
-    def carry(self, far: Any, near: Any, can: tuple[bool, bool] = (True, True)) -> None:
+    def carry(self, far: Any, near: Any, can: tuple[bool, bool] = (True, True)) -> Splice:
         """Carry the bytes of a stream to another place; see `Splice`. Within the loop."""
         from fiber.runtime.splice import Splice
 
         splice = Splice(self.loop, far, near, can, self._splices.discard)
         if not splice.closed:
             self._splices.add(splice)
+        return splice
 
     def memory_folder(self) -> str:
         """Return the folder for files that are shared memory, made if it is not there."""

@@ -59,6 +59,7 @@ class _Side:
         self.pending = b""  # for this side to take
         self.reads = reads
         self.ended = not reads  # nothing more comes from it
+        self.took = False  # something has come from it
         self.writes = writes
         self.closed = False
         self._finishing = False
@@ -105,7 +106,9 @@ class _Side:
                 data = b""
             if not data:
                 self.ended = True
-            elif other.writes:
+                return
+            self.took = True
+            if other.writes:
                 other.pending += data
                 other.flush()
 
@@ -184,6 +187,11 @@ class Splice:
         self._other = _Side(self, other, reads=reads, writes=writes)
         self._one.other, self._other.other = self._other, self._one
         self.go_on()
+
+    @property
+    def took(self) -> bool:
+        """Whether it has taken bytes from `other`."""
+        return self._other.took
 
     @property
     def closed(self) -> bool:
