@@ -30,6 +30,7 @@ from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator,
 from fiber.pool.source import SEQUENCES
 from fiber.process import Process
 from fiber.resources import Resources, cpu_count, meta_of
+from fiber.runtime import main
 from fiber.runtime.loop import Loop
 
 __all__ = [
@@ -110,6 +111,7 @@ class Pool:
         retries, timeout = _limits(retries, timeout)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
+        main.check_loaded()  # before the choice, which needs what only the master may have
         backend = getattr(context, "backend", None) or registry.chosen()
         self._settings = Settings(
             backend, processes, initializer, tuple(initargs), maxtasksperchild, retries, timeout
