@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -215,12 +216,42 @@ def service(name: str) -> int:
         pytest.skip("the cluster is not the test bed's, whose parts may be ended")
 
 
-def engine_of(node: str) -> str:
-    """Return the address of the Docker engine of a node of the test bed."""
-    service("apiserver")
-    if node == "node-1":  # that of this machine
-        return "unix:///var/run/docker.sock"
-    return f"unix://{TEST_BED}/{node}/run/docker.sock"
+def kill_containers(node: str, *labels: str) -> None:
+    """Kill containers of a node of the test bed by its own Docker engine."""
+    import docker
+
+    service("apiserver")  # a test bed is needed
+    folder = Path("/var") if node == "node-1" else TEST_BED / node
+    engine = docker.DockerClient(f"unix://{folder}/run/docker.sock")
+    try:
+        for container in engine.api.containers(filters={"label": list(labels)}):
+            with contextlib.suppress(docker.errors.APIError):  # it has ended just now
+                engine.api.kill(container["Id"])
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def without_node(number: int) -> Iterator[None]:
+    """Have a node of the test bed gone: neither its kubelet nor its containers run."""
+    kubelet, engine = service(f"kubelet-{number}"), service(f"dockerd-{number}")
+    os.kill(kubelet, signal.SIGKILL)
+    try:
+        kill_containers(f"node-{number}")
+        os.kill(engine, signal.SIGKILL)
+        yield
+    finally:
+        bring_back()
+
+
+@contextlib.contextmanager
+def without_api_server() -> Iterator[None]:
+    """Have the API server of the test bed away."""
+    os.kill(service("apiserver"), signal.SIGKILL)
+    try:
+        yield
+    finally:
+        bring_back()
 
 
 def bring_back() -> None:

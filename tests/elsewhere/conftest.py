@@ -13,7 +13,8 @@ ALL_SITES = {**SITES, **KUBERNETES_SITES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "site" in metafunc.fixturenames:
+    chosen = any("site" in mark.args for mark in metafunc.definition.iter_markers("parametrize"))
+    if "site" in metafunc.fixturenames and not chosen:
         test = metafunc.function.__name__
         sites = [name for name, kind in ALL_SITES.items() if kind.only is None or test in kind.only]
         metafunc.parametrize("site", sites, indirect=True)

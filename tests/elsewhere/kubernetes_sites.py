@@ -25,7 +25,7 @@ from tests.backends import kubernetes_cluster as cluster
 from tests.backends.kubernetes_cluster import core
 from tests.elsewhere.sites import PATIENCE, ROOT, Program, Site, until
 
-_NOT_FOUND = 404
+_NOT_BEGUN, _NOT_FOUND = 400, 404
 
 
 class Kubernetes(Site):
@@ -59,7 +59,7 @@ class Kubernetes(Site):
             "FIBER_BACKEND": "kubernetes",
             "FIBER_IMAGE": cluster.IMAGE,
             "FIBER_KUBERNETES_NAMESPACE": self.namespace.name,
-            "FIBER_KUBERNETES_PULL_POLICY": "IfNotPresent",
+            "FIBER_KUBERNETES_PULL_POLICY": "Never",  # the nodes have it, or nobody has
             "FIBER_KUBERNETES_TEMPLATE": json.dumps(self.template()),
         }
 
@@ -101,23 +101,18 @@ class Kubernetes(Site):
 
     def kill(self, job: str) -> None:
         """By the container engine of its node, as the kernel does when memory runs out."""
-        node = self._unless_gone(lambda: core().read_namespaced_pod(job, self.namespace.name))
-        if node is None or node.spec.node_name is None:
-            return
-        import docker
+        pod = self._unless_gone(lambda: core().read_namespaced_pod(job, self.namespace.name))
+        if pod is not None and pod.spec.node_name is not None:
+            self.kill_on(pod.spec.node_name, job)
 
-        engine = docker.DockerClient(cluster.engine_of(node.spec.node_name))
-        try:
-            labels = [
-                f"io.kubernetes.pod.namespace={self.namespace.name}",
-                f"io.kubernetes.pod.name={job}",
-                "io.kubernetes.container.name=fiber",
-            ]
-            for container in engine.api.containers(filters={"label": labels}):
-                with contextlib.suppress(docker.errors.APIError):
-                    engine.api.kill(container["Id"])
-        finally:
-            engine.close()
+    def kill_on(self, node: str, job: str) -> None:
+        """Kill what runs in a job, of which the API server need not be asked."""
+        labels = [
+            f"io.kubernetes.pod.namespace={self.namespace.name}",
+            f"io.kubernetes.pod.name={job}",
+            "io.kubernetes.container.name=fiber",
+        ]
+        cluster.kill_containers(node, *labels)
 
     def remove(self, job: str) -> None:
         self._unless_gone(lambda: self.namespace.delete(job))
@@ -142,8 +137,15 @@ class Kubernetes(Site):
         return "\n".join(told)
 
     def log(self, pod: str) -> str:
-        """Return what a pod wrote."""
-        text: str = core().read_namespaced_pod_log(pod, self.namespace.name)
+        """Return what a pod wrote; nothing if it has not begun."""
+        from kubernetes.client import ApiException
+
+        try:
+            text: str = core().read_namespaced_pod_log(pod, self.namespace.name)
+        except ApiException as error:
+            if error.status not in (_NOT_BEGUN, _NOT_FOUND):
+                raise
+            return ""
         return text
 
     def left(self) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fiber.backends.base import Backend, Job, JobSpec, JobState
 from fiber.errors import StartError
-from fiber.runtime.logs import DEBUG, log
+from fiber.runtime.logs import DEBUG, WARNING, log
 from fiber.runtime.loop import Event, Link, Loop, Timer
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -265,6 +265,9 @@ class Agent:
             if self.on_exited is not None and child.pid is not None:
                 self.on_exited(child, facts[0])
             del self._children[key]
+            if facts[2] is not None:  # nobody would know from the exit code
+                who = f"{child.name} (process {child.pid} in {self.where})"
+                log(WARNING, "%s %s", who, facts[2])
             child._end(*facts)
 
     def _on_ready(self, facts: dict[str, Any]) -> None:
