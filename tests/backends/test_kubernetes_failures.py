@@ -194,6 +194,30 @@ def test_an_image_is_waited_for_a_minute_and_its_first_error_is_told() -> None:
     assert "no route to host" in job.status.message
 
 
+def test_a_node_that_does_not_notice_its_pod_is_lost() -> None:
+    job = KubernetesJob("p1", {})
+    job.seen(pod("Pending"), 100.0)
+    job.look(159.0)
+    assert job.status.state is JobState.PENDING
+    job.seen(pod("Pending"), 150.0)
+    job.look(161.0)
+    assert (job.status.state, job.status.reason) == (JobState.ENDED, "NodeLost")
+    assert "n1" in job.status.message
+
+    pulls = KubernetesJob("p1", {})
+    pulls.seen(pod("Pending"), 100.0)
+    pulls.seen(pod("Pending", startTime="2024-01-01T00:00:00Z"), 150.0)
+    pulls.look(1000.0)
+    assert pulls.status.state is JobState.PENDING
+
+    waits = pod("Pending")
+    del waits["spec"]["nodeName"]
+    queued = KubernetesJob("p1", {})
+    queued.seen(waits, 100.0)
+    queued.look(1000.0)
+    assert queued.status.state is JobState.PENDING
+
+
 def test_a_status_that_is_final_stays() -> None:
     job = KubernetesJob("p1", {})
     job.seen(pod("Failed", terminated(3)), 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from tests.elsewhere.kubernetes_sites import Kubernetes
 
@@ -26,8 +28,6 @@ if __name__ == "__main__":
 
 
 def test_pods_are_on_several_nodes(site: Kubernetes) -> None:
-    import os
-
     os.mkfifo(site.folder / "wait")
     program = site.start(SPREAD)
     program.wait_for("there")
@@ -99,3 +99,31 @@ def test_a_process_asks_for_what_its_function_needs(site: Kubernetes) -> None:
     (killed,) = told
     assert "64 M" in killed or "64Mi" in killed
     assert "@fiber.meta(memory=" in killed
+
+
+CROWDED = """
+import time
+import fiber
+
+@fiber.meta(cpu=2)
+def square(x):
+    return x * x
+
+if __name__ == "__main__":
+    with fiber.Pool(12) as pool:
+        print(pool.map(square, range(20)) == [x * x for x in range(20)])
+        begin = time.monotonic()
+    took = time.monotonic() - begin
+    print("left" if took < 8 else took)
+    with fiber.Pool(12) as pool:
+        print(pool.map(square, range(20)) == [x * x for x in range(20)])
+        pool.close()
+        pool.join()
+    print("joined")
+"""
+
+
+def test_a_pool_does_not_wait_for_pods_that_find_no_room(site: Kubernetes) -> None:
+    program = site.run(CROWDED, quiet=False)
+    assert program.lines == ["True", "left", "True", "joined"]
+    assert "insufficient cpu" in program.err

@@ -379,19 +379,28 @@ class Crew:
         """Let the workers end when there is no more work; call it again when that changes."""
         self._dismissed = True
         if not self._foreman.has_work:
-            for worker in self.workers.values():
+            for worker in list(self.workers.values()):
                 if not worker.stopping:
                     worker.stop()
+                    self._call_off(worker)
         self._tell_if_gone()
 
     def terminate(self) -> None:
         """End all workers now."""
         self._dismissed = True
-        for worker in self.workers.values():
+        for worker in list(self.workers.values()):
             worker.stopping = True
-            worker.child.signal(signal.SIGTERM)
-            worker.set_timer(self._session.loop.call_later(_TERMINATE_GRACE, worker.kill))
+            self._call_off(worker)
+            if not worker.child.ended.is_set:
+                worker.child.signal(signal.SIGTERM)
+                worker.set_timer(self._session.loop.call_later(_TERMINATE_GRACE, worker.kill))
         self._tell_if_gone()
+
+    def _call_off(self, worker: Worker) -> None:
+        """End a worker whose job has not begun: it may wait for long, and hears nothing."""
+        agent = worker.child.agent
+        if agent.elsewhere and not agent.ready.is_set:
+            agent.close()
 
     def _tell_if_gone(self) -> None:
         if self._dismissed and not self.workers:

@@ -215,6 +215,8 @@ class _Life:
 
     def _status(self, job: KubernetesJob) -> JobStatus:
         away = self._watch.away
+        if away is None:
+            job.look(time.monotonic())
         if job.ended or not job.created or away is None or time.monotonic() - away < _AWAY:
             return job.status
         message = f"the API server {self._access.server} does not answer"

@@ -19,6 +19,7 @@ from fiber.backends.kubernetes import failures
 __all__ = ["KubernetesJob"]
 
 _PULLS = 60.0  # seconds for which a registry may fail
+_NOTICE = 60.0  # seconds that a node may take to notice a pod that it was given
 
 
 class KubernetesJob:
@@ -46,6 +47,7 @@ class KubernetesJob:
         self._node = ""
         self._said = ""  # of its image, when it was first tried to pull
         self._pulled: float | None = None
+        self._given: float | None = None  # to a node that has not noticed it yet
 
     @property
     def id(self) -> str:
@@ -92,6 +94,8 @@ class KubernetesJob:
             return
         status = failures.read(pod, ours=self.ours)
         self._node = status.node or self._node
+        unnoticed = self._node and not pod["status"].get("startTime")
+        self._given = (self._given or now) if unnoticed else None
         if status.reason == "Deleted" and taken:
             status = failures.gone(self._name, self._node, status.exit_code, taken)
         if status.reason == "ImagePull" and status.state is JobState.PENDING:
@@ -108,6 +112,15 @@ class KubernetesJob:
             self._pulled = now
         state = JobState.ENDED if now - self._pulled > _PULLS else JobState.PENDING
         return status._replace(state=state, message=self._said or status.message)
+
+    def look(self, now: float) -> None:
+        """See whether the node that it was given to is there: for long the cluster says nothing."""
+        if (
+            self._given is not None
+            and now - self._given > _NOTICE
+            and not (self.ended or self.ours)
+        ):
+            self.status = failures.gone(self._name, self._node, None, "NodeLost")
 
     def vanished(self, reason: str = "Deleted") -> None:
         """The pod is there no more; `reason`: who took it, if it was not this process."""
