@@ -197,6 +197,29 @@ def test_a_timeout_that_is_over_already_returns_at_once(loop: Loop, timeout: flo
     assert time.monotonic() - began < 1
 
 
+def test_an_endless_timeout_is_none_also_for_who_does_not_lead(loop: Loop) -> None:
+    event = Event()
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            assert loop.wait(event, float("inf"))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PATIENCE
+    while len(loop._sleepers) < 2 and not errors and time.monotonic() < deadline:
+        time.sleep(0.001)
+    with loop:
+        event.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not errors
+
+
 def test_timers_run_in_their_order_and_not_before_their_time(loop: Loop) -> None:
     ran: list[tuple[int, float]] = []
     done = Event()

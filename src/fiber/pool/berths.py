@@ -95,6 +95,7 @@ class Berths:
             if not loop.closed:
                 with loop:
                     self.close()
+            self._session.agency.check_open()
             raise
 
     def take(self) -> Agent:

@@ -21,6 +21,7 @@ from fiber.errors import StartError
 from fiber.resources import Resources, thread_environment
 from fiber.runtime import logs, main
 from fiber.runtime.agents import Agent, Child, standard_streams
+from fiber.runtime.loop import Event
 
 if TYPE_CHECKING:
     from fiber.runtime.descriptors import Descriptor
@@ -34,7 +35,7 @@ __all__ = ["Agency"]
 
 
 class Agency:
-    """See the module. Within the loop, save `get`, `prepare` and `collect`.
+    """See the module. Within the loop, save `get`, `prepare`, `check_open` and `collect`.
 
     Args:
         session: of this process.
@@ -111,8 +112,17 @@ class Agency:
                     agent.close()
             raise
         if agent.error is not None:
+            self.check_open()
             raise StartError(agent.error)
         return agent
+
+    def check_open(self) -> None:
+        """Raise why the session has ended, or is just ending, if it is; not within the loop.
+
+        A daemonic thread that was starting something as the program ended shall end without a word.
+        """
+        if self._closing:
+            self._session.loop.wait(Event())
 
     def prepare(self, backend: str) -> None:
         """See that processes of `backend` can be started. Not within the loop.

@@ -52,7 +52,8 @@ class _Sleeper:
         self._woken = False
 
     def sleep(self, timeout: float | None) -> None:
-        self._lock.acquire(timeout=-1 if timeout is None else timeout)
+        # Beyond Python's own limit, some centuries, is an error; who waits asks again.
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
 
     def wake(self) -> None:
         if not self._woken:
