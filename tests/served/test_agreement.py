@@ -35,7 +35,8 @@ class World:
         self.loop = self
         self.now = 0.0
         self.timers: list[Timer] = []
-        self.me = Client(self, None, {"name": "home", "pid": 1})  # type: ignore[arg-type]
+        facts = {"name": "home", "process": ("home", 1)}
+        self.me = Client(self, None, facts)  # type: ignore[arg-type]
 
     def monotonic(self) -> float:
         return self.now
@@ -52,7 +53,7 @@ class World:
             if timer.call is not None:
                 timer.call()
 
-    def forgiven(self, pid: int) -> bool:
+    def forgiven(self, process: tuple[str, int]) -> bool:
         return True
 
 
@@ -60,7 +61,7 @@ class Remote:
     """A client, with the messages between it and the home, in order both ways."""
 
     def __init__(self, world: World, number: int) -> None:
-        facts = {"name": f"client {number}", "pid": 100 + number}
+        facts = {"name": f"client {number}", "process": ("home", 100 + number)}
         self.client = Client(world, self, facts)  # type: ignore[arg-type]
         self.words = self.client.counts = memoryview(bytearray(64)).cast("Q")
         self.lost = False
