@@ -185,6 +185,7 @@ if __name__ == "__main__":
     process = fiber.Process(target=interrupted, args=("pid",))
     process.start()
     try:
+        open("waits", "w").close()
         process.join()
     except KeyboardInterrupt:
         process.join()
@@ -192,6 +193,7 @@ if __name__ == "__main__":
 """
     )
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    until((tmp_path / "waits").exists)  # a process may run before its `start` returns
     os.killpg(program.pid, signal.SIGINT)
     out, err = program.communicate(timeout=20)
     assert (out, err, program.returncode) == ("child\nparent 0\n", "", 0)

@@ -443,7 +443,8 @@ def test_both_sides_notice_a_peer_that_vanished(pair: Sockets) -> None:
         assert options.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if sys.platform == "linux":
             assert options.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
-            assert options.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
+            # A peer that reads nothing for long is no dead peer: no limit for that.
+            assert not options.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
     left, right = socket.socketpair()
     tune(left)  # no TCP: nothing to do
     left.close()
