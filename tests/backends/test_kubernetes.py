@@ -354,3 +354,15 @@ def test_the_manifests_rights_are_enough(
         namespace.delete(jobs[1].id)
         assert ended(backend, jobs[1]).reason == "Deleted"
     namespace.becomes_empty()
+
+
+def test_a_secret_that_somebody_deleted_is_made_again(
+    namespace: Namespace, backend: KubernetesBackend
+) -> None:
+    backend.submit([spec(SLEEP)])
+    (name,) = namespace.secrets()
+    core().delete_namespaced_secret(name, namespace.name)
+    assert not namespace.secrets()
+    (job,) = backend.submit([spec("pass")])
+    assert ended(backend, job).exit_code == 0
+    assert namespace.secrets() == [name]

@@ -23,6 +23,7 @@ from fiber.backends.base import SECRET_FILE
 from fiber.code import bootstrap, packages
 from fiber.code.finder import Client as CodeClient
 from fiber.code.finder import Finder
+from fiber.errors import AuthenticationError
 from fiber.resources import thread_environment
 from fiber.runtime import folders, memory
 from fiber.runtime import main as main_module
@@ -41,7 +42,7 @@ from fiber.wire.tls import server_context
 __all__ = ["main"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
-_DIAL_TIMEOUT = 5.0  # seconds that bringing a stream to the master may take
+_DIAL_TIMEOUT = 5.0  # seconds that a connection to the master may take
 
 
 def main(sock: Any) -> NoReturn:
@@ -76,7 +77,7 @@ def main(sock: Any) -> NoReturn:
         try:
             frames = channel.read()
         except (EOFError, OSError):
-            _farewell(folder)
+            _farewell(folder, reach)
     # What else has come are signs of life.
     preparation = pickle.loads(frames[0].body)
     AgentElsewhere(channel, folder, secret, preparation, reach).run()
@@ -261,8 +262,13 @@ class AgentElsewhere(Agent):
         return {**super().facts(), "tops": self.preparation["tops"], "elsewhere": elsewhere}
 
     def leave(self) -> NoReturn:
-        """End, and leave nothing of this job with its manager, for the master cannot see to it."""
-        _farewell(self.folder)
+        """End, and leave nothing of this job with its manager, for the master cannot see to it.
+
+        Unless the end was asked for: then the master is there, and goes on with other jobs.
+        """
+        if self._leaving:
+            self.go()
+        _farewell(self.folder, self._reach)
 
     def go(self) -> NoReturn:
         """End, for the owner has said good-bye."""
@@ -286,12 +292,21 @@ def _load(reach: Reach, tops: Iterable[str], source: tuple[str, str, str] | None
     return frozenset() if source is None else main_module.load_source(*source)
 
 
-def _farewell(folder: str) -> NoReturn:
+def _farewell(folder: str, reach: Reach) -> NoReturn:
     folders.remove(folder)
     hook = os.environ.get("FIBER_INTERNAL_FAREWELL")
     if hook:
         module, _, name = hook.partition(":")
         import importlib
 
-        getattr(importlib.import_module(module), name)()
+        getattr(importlib.import_module(module), name)(alone=not _answers(reach))
     os._exit(0)
+
+
+def _answers(reach: Reach) -> bool:
+    """Whether the master is there: only this job has lost its owner."""
+    try:
+        reach.channel(reach.network.address, _DIAL_TIMEOUT).close()
+    except (OSError, AuthenticationError):
+        return False
+    return True

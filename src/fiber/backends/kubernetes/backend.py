@@ -164,8 +164,9 @@ class _Life:
 
     def submit(self, specs: Sequence[JobSpec]) -> list[KubernetesJob]:
         jobs = []
+        secrets = {one.session: self._secret(one) for one in specs if one.secret}
         for one in specs:
-            secret = self._secret(one) if one.secret else ""
+            secret = secrets[one.session] if one.secret else ""
             with self._lock:
                 self._count += 1
                 number = self._count
@@ -187,19 +188,25 @@ class _Life:
         )
 
     def _secret(self, one: JobSpec) -> str:
-        """Return the name of the session's Secret, made at its first job."""
+        """Return the name of the session's Secret, made at its first job.
+
+        And again if it is gone: a pod that thought that this process had died may have removed it.
+        """
         with self._secrets_lock:
-            known = self._secrets.get(one.session)
-            if known is not None and known[0] == one.secret:
-                return known[1]
-            name = f"{self._prefix(one.session)}-secret-{os.urandom(3).hex()}"
-            if self._cleaner is not None:
-                self._cleaner.remember(name)
-            body = spec.secret(name, one.secret, one.session, self._settings)
+            known, name = self._secrets.get(one.session, (b"", ""))
+            first = known != one.secret
+            if first:
+                name = f"{self._prefix(one.session)}-secret-{os.urandom(3).hex()}"
+                if self._cleaner is not None:
+                    self._cleaner.remember(name)
             try:
-                self._access.create_secret(body)
+                self._access.create_secret(
+                    spec.secret(name, one.secret, one.session, self._settings)
+                )
             except ApiError as error:
-                raise StartError(self._words(error, "make a Secret")) from error
+                if first:
+                    raise StartError(self._words(error, "make a Secret")) from error
+                # It is there, or nobody can tell now.
             self._secrets[one.session] = one.secret, name
             return name
 

@@ -1,6 +1,6 @@
 """The last thing that a pod does when its master is gone: it deletes itself.
 
-    FIBER_INTERNAL_FAREWELL ─► leave ─► DELETE the session's Secret, DELETE this pod
+    FIBER_INTERNAL_FAREWELL ─► leave ─► (alone: DELETE the session's Secret,) DELETE this pod
 
 While the master's pod, or a process on the master's machine, is there to clean up, this is not
 needed. It is for the master's container that died with all that was in it. Standard library only:
@@ -21,13 +21,17 @@ __all__ = ["leave"]
 _TIMEOUT = 3.0  # seconds
 
 
-def leave() -> None:
-    """Delete the session's Secret and the pod that this process is in, if that is allowed."""
+def leave(*, alone: bool = True) -> None:
+    """Delete the pod that this process is in, if that is allowed.
+
+    Args:
+        alone: the master is gone, so that nobody needs the session's Secret: delete it as well.
+    """
     try:
         if not detect.in_pod() or not os.environ.get(detect.POD):
             return
         secret = os.environ.get(detect.SECRET)
-        if secret:
+        if secret and alone:
             _delete("secrets", secret)
         _delete("pods", os.environ[detect.POD])
     except Exception:  # the pod ends in any case, and nobody is left to read of it
