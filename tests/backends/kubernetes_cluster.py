@@ -166,8 +166,8 @@ def _run(command: list[str], text: str, timeout: float) -> None:
 
 
 def _unmarked() -> dict[str, str]:
-    """The environment, without the mark by which this run finds what it left behind."""
-    return {name: value for name, value in os.environ.items() if name != "TESTS_OF_FIBER"}
+    """The environment, without the run's mark and folder: for what stays after the run."""
+    return {k: v for k, v in os.environ.items() if k not in ("TESTS_OF_FIBER", "TMPDIR")}
 
 
 @contextlib.contextmanager
@@ -262,7 +262,7 @@ def bring_back() -> None:
             [BEDS / "kubernetes" / "up.sh"],
             check=attempt == 2,
             timeout=120,
-            env={**_unmarked(), "K8S_NODES": str(nodes)},  # what it starts stays
+            env={**_unmarked(), "K8S_NODES": str(nodes)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )

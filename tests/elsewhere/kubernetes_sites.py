@@ -245,15 +245,18 @@ class PodProgram(Program):
             path.chmod(0o666)
         self._namespace = namespace
         self.pod = f"master-{number}"
-        # Not the first process of its container, for that cannot be killed from inside.
+        # Not the first process of its container, for that cannot be killed from inside. (Kubernetes
+        # makes one dollar of two.)
         program = shlex.join(["python3", *command[1:]])
-        inner = f"echo $$ >pid-{number}; exec {program} >out-{number} 2>err-{number}"
+        inner = f"echo $$$$ >pid-{number}; exec {program} >out-{number} 2>err-{number}"
+        # A kubelet may take long to tell of an end.
+        tell = f"code=$?; echo $code >told; mv told exit-{number}; exit $code"
         container = {
             "name": "main",
             "image": cluster.master_image(),
             "imagePullPolicy": "IfNotPresent",
             "workingDir": str(folder),
-            "command": ["sh", "-c", f"sh -c {shlex.quote(inner)}; exit $?"],
+            "command": ["sh", "-c", f"sh -c {shlex.quote(inner)}; {tell}"],
             "env": [
                 {"name": name, "value": value}
                 for name, value in {"PYTHONPATH": "/source", **environment}.items()
@@ -276,28 +279,21 @@ class PodProgram(Program):
                 "containers": [container],
             },
         }
-        self._pid = folder / f"pid-{number}"
+        self._pid, self._exit = folder / f"pid-{number}", folder / f"exit-{number}"
         self._exit_code: int | None = None
         self._asked = 0.0
         core().create_namespaced_pod(namespace.name, body)
 
     @property
     def exit_code(self) -> int | None:
-        if self._exit_code is None and time.monotonic() - self._asked > 0.2:
+        if self._exit_code is None and self._exit.exists():
+            code = int(self._exit.read_text())
+            self._exit_code = code if code < 128 else 128 - code  # a signal, as the shell has it
+        if self._exit_code is None and time.monotonic() - self._asked > 1:
             self._asked = time.monotonic()
-            self._exit_code = self._find_exit_code()
+            if self.pod not in [pod.metadata.name for pod in self._namespace.pods()]:
+                self._exit_code = -signal.SIGKILL  # deleted
         return self._exit_code
-
-    def _find_exit_code(self) -> int | None:
-        found = [pod for pod in self._namespace.pods() if pod.metadata.name == self.pod]
-        if not found:
-            return -signal.SIGKILL  # deleted
-        for container in found[0].status.container_statuses or ():
-            ended = container.state.terminated
-            if ended is not None:
-                code: int = ended.exit_code
-                return code if code < 128 else 128 - code
-        return None
 
     def end(self, patience: float = PATIENCE) -> int:
         deadline = time.monotonic() + patience
@@ -316,7 +312,7 @@ class PodProgram(Program):
         from kubernetes.stream import stream
 
         command = ["kill", f"-{int(number)}", self._pid.read_text().strip()]
-        stream(
+        line = stream(
             core().connect_get_namespaced_pod_exec,
             self.pod,
             self._namespace.name,
@@ -325,7 +321,13 @@ class PodProgram(Program):
             stdin=False,
             stdout=True,
             tty=False,
+            _preload_content=False,
         )
+        line.run_forever(timeout=10)
+        said = line.read_all()
+        line.close()
+        line.sock.shutdown()  # which `close` leaves out if the other side was first
+        assert not said, said
 
     def interrupt(self) -> None:
         self.signal(signal.SIGINT)
