@@ -206,7 +206,10 @@ if __name__ == "__main__":
         executor = concurrent.futures.ProcessPoolExecutor(workers, mp_context=fiber.get_context())
         try:
             with executor:
-                print(sum(executor.map(square, range(100))))
+                # No more than start them: when one has failed, the executor itself may not end
+                # another that it starts just then.
+                futures = [executor.submit(square, number) for number in range(workers)]
+                print(sum(future.result() for future in futures))
         except concurrent.futures.BrokenExecutor as error:
             print(type(error).__name__)
 """
@@ -215,9 +218,9 @@ if __name__ == "__main__":
 def test_a_pipe_that_several_read_is_refused(site: Site) -> None:
     """The executor's workers read one pipe in turn, which cannot be where no memory is shared."""
     program = site.run(EXECUTOR, quiet=False)
-    assert program.lines[0] == "328350"
+    assert program.lines[0] == "0"
     # It may be done before it hears that its second worker could not begin.
-    assert program.lines[1] in ("328350", "BrokenProcessPool")
+    assert program.lines[1] in ("1", "BrokenProcessPool")
     assert "this end of a pipe is or was read in another container" in program.err
     assert "use fiber.Pool" in program.err
 
