@@ -185,9 +185,9 @@ def _import_without_executable(self: Any) -> None:
 def _release_unused_processes(self: Any) -> None:
     from unittest import mock
 
-    from fiber.runtime.session import Session
+    from fiber.runtime.agency import Agency
 
-    spawn, count = Session.spawn, 0
+    spawn, count = Agency.spawn, 0
 
     def fail_at_last(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -196,7 +196,7 @@ def _release_unused_processes(self: Any) -> None:
             raise OSError("Manually induced OSError")
         return spawn(*args, **kwargs)
 
-    with mock.patch.object(Session, "spawn", fail_at_last):
+    with mock.patch.object(Agency, "spawn", fail_at_last):
         with self.assertRaisesRegex(OSError, "Manually induced OSError"):  # noqa: PT027
             fiber.Pool(5)
         deadline = time.monotonic() + PATIENCE
