@@ -171,7 +171,6 @@ class Relay(Kubernetes):
             "test_served_objects",
             "test_pipes",
             "test_managers",
-            "test_processes",
             "test_workers_that_are_taken_away_cost_no_result",
             "test_the_death_of_who_has_something_is_told_to_who_wants_it",
             "test_a_master_that_is_killed_leaves_nothing",
@@ -199,9 +198,7 @@ class InPod(Kubernetes):
             "test_all_methods_work",
             "test_a_pool_in_a_worker_of_a_pool",
             "test_served_objects",
-            "test_pipes",
             "test_managers",
-            "test_processes",
             "test_workers_that_are_taken_away_cost_no_result",
             "test_a_master_that_is_killed_leaves_nothing",
         }

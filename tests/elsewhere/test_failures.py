@@ -134,6 +134,7 @@ if __name__ == "__main__":
 def test_a_process_whose_job_is_taken_away_has_ended(site: Site, how: str) -> None:
     program = site.start(TAKEN)
     program.wait_for("begun")
+    program.wait_until(lambda: len(site.jobs()) == 1, "one job")  # managers are slow to tell
     (job,) = site.jobs()
     getattr(site, how)(job)
     assert program.end() == 0, program.all()
