@@ -175,7 +175,7 @@ class Config:
         parsers.integer(1),
         1,
         "a whole number of at least 1",
-        "How many workers of a pool share a container or pod.",
+        "How many workers of a pool share a container, pod or Slurm job.",
     )
     start_timeout = Key[float](
         parsers.seconds,
@@ -268,6 +268,54 @@ class Config:
         None,
         "'Always', 'IfNotPresent' or 'Never'",
         "When nodes fetch the image; None: as the cluster does it.",
+    )
+
+    slurm_mode = Key[str](
+        parsers.choice("auto", "step", "batch", "pool"),
+        "auto",
+        "'auto', 'step', 'batch' or 'pool'",
+        "What a process is in Slurm: a step of this allocation, a batch job, or a task of one "
+        "allocation for all; auto: a step in an allocation, else a batch job.",
+    )
+    slurm_partition = Key[str | None](
+        parsers.text, None, "the name of a partition", "Partition of jobs."
+    )
+    slurm_account = Key[str | None](
+        parsers.text, None, "the name of an account", "Account that jobs are charged to."
+    )
+    slurm_qos = Key[str | None](parsers.text, None, "the name of a QOS", "QOS of jobs.")
+    slurm_time = Key[str | None](
+        parsers.text_or_number,
+        None,
+        "minutes, or a time as Slurm writes it, such as '1:30:00' or '2-00'",
+        "Time limit of jobs.",
+    )
+    slurm_constraint = Key[str | None](
+        parsers.text, None, "features of nodes, as Slurm writes them", "What nodes must have."
+    )
+    slurm_options = Key[list[str]](
+        parsers.arguments,
+        [],
+        "options of sbatch and srun, as text or as a list",
+        "Further options of jobs, such as '--reservation=mine --exclusive'.",
+    )
+    slurm_python = Key[str | None](
+        parsers.text,
+        None,
+        "a command",
+        "What runs Python on nodes; None: the interpreter that runs the program.",
+    )
+    slurm_folder = Key[str](
+        parsers.path,
+        "~/.fiber",
+        "the path of a folder",
+        "Folder that this machine and the nodes share: what jobs have to know passes through it.",
+    )
+    slurm_log_folder = Key[str | None](
+        parsers.path,
+        None,
+        "the path of a folder",
+        "Where all logs of jobs are kept; None: those of jobs that failed, in the working folder.",
     )
 
     __slots__ = ("_adopted", "_code", "_read")

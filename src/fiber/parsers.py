@@ -19,6 +19,7 @@ from typing import Any, Final
 __all__ = [
     "LEVELS",
     "MEMORY_FORMS",
+    "arguments",
     "boolean",
     "choice",
     "container_path",
@@ -173,6 +174,17 @@ def host_and_port(value: object) -> str:
 
 
 # Lists and dicts; in text as lists with commas, or as JSON.
+
+
+def arguments(value: object) -> list[str]:
+    """Arguments of a command: a list of them, or text as a shell takes it."""
+    if isinstance(value, str):
+        import shlex  # rarely needed
+
+        return shlex.split(value)
+    if not isinstance(value, list | tuple):
+        raise TypeError(value)
+    return [text(part) for part in value]
 
 
 def mounts(value: object) -> list[str]:

@@ -2,7 +2,8 @@
 
     a context's name ───────────────────────┐
     config.backend ─► in a pod: kubernetes ─┴► check ─► get ─► fiber.backends.local, .docker, ...
-                      ─► config.default_backend          └───► entry points "fiber.backends"
+              ─► in an allocation: slurm                 └───► entry points "fiber.backends"
+              ─► config.default_backend
 
 A backend is imported and made when it is first asked for, for the SDK that it uses is slow to
 import and may be missing. Packages add backends by an entry point of the group `fiber.backends`: a
@@ -24,13 +25,14 @@ from fiber.errors import ConfigError, FiberError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["GROUP", "check", "chosen", "forget", "get", "in_pod", "names", "reset"]
+__all__ = ["GROUP", "check", "chosen", "forget", "get", "in_allocation", "in_pod", "names", "reset"]
 
 GROUP: Final = "fiber.backends"
 OWN: Final = {
     "local": ("fiber.backends.local", "LocalBackend"),
     "docker": ("fiber.backends.docker", "DockerBackend"),
     "kubernetes": ("fiber.backends.kubernetes", "KubernetesBackend"),
+    "slurm": ("fiber.backends.slurm", "SlurmBackend"),
 }
 
 _made: dict[str, Backend] = {}
@@ -45,6 +47,8 @@ def chosen() -> str:
     if in_pod():
         _require_kubernetes()
         return "kubernetes"
+    if in_allocation():
+        return "slurm"
     return check(config.default_backend, config.source("default_backend"))
 
 
@@ -55,6 +59,15 @@ def in_pod() -> bool:
     from fiber.backends.kubernetes import detect
 
     return detect.in_pod()
+
+
+def in_allocation() -> bool:
+    """Whether this process is in an allocation of Slurm, and can start steps of it."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False  # without importing anything
+    from fiber.backends.slurm import detect
+
+    return detect.in_allocation()
 
 
 def check(name: str, source: str = "code") -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["begin", "orders", "preparation"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
-_KINDS = {"docker": "container", "kubernetes": "pod"}
+_KINDS = {"docker": "container", "kubernetes": "pod", "slurm": "Slurm job"}
 _AT_HOME = ("fiber.backends.", "fiber.cli", "fiber.code.", "fiber.testing")
 """Modules that are of no use elsewhere, or need what is not there."""
 

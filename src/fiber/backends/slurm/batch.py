@@ -1,0 +1,202 @@
+"""Batch jobs: what is asked for in one call is one array for all that need the same.
+
+    submit ─► description in the shared folder ─► sbatch --array ─► 17_0, 17_1, ...
+    rows of squeue ─► update ─► SlurmJob
+    terminate, kill ─► one scancel for all
+
+The script becomes the command of its job, so that a signal for the batch shell is one for the
+agent and for nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from fiber.backends.base import JobSpec, JobState, JobStatus
+from fiber.backends.slurm import commands, options, states
+from fiber.backends.slurm.jobs import New, SlurmJob, tail
+from fiber.backends.slurm.shared import Shared
+from fiber.errors import StartError
+
+__all__ = ["Batch"]
+
+_OUTAGE = 120.0  # seconds that a controller may be away while jobs are submitted
+_AGAIN = 1.0  # seconds
+_FORGOTTEN = 15.0  # seconds after which Slurm should know of a job that it has accepted
+_MOST = 500  # jobs of one array: sites allow a thousand, or less
+_ARGUMENTS = 500  # jobs that one scancel is given
+
+
+class Batch:
+    """See the module.
+
+    Args:
+        name: of all jobs.
+        shared: the folder for what they have to know.
+        folder: for their logs.
+        lock: of all that is known of jobs.
+        closed: whether it is all over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shared: Shared,
+        folder: str,
+        lock: threading.Condition,
+        closed: Callable[[], bool],
+    ) -> None:
+        self._name = name
+        self._shared = shared
+        self._folder = folder
+        self._lock = lock
+        self._closed = closed
+        self._jobs: dict[str, SlurmJob] = {}  # by what squeue calls them; not those that ended
+        self._since: dict[str, float] = {}
+        self._doomed: list[str] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is open."""
+        return not self._jobs and not self._doomed
+
+    def submit(self, specs: Sequence[JobSpec], new: New) -> list[SlurmJob]:
+        """Have jobs started for specs that need the same; `new` makes what stands for them."""
+        jobs: list[SlurmJob] = []
+        try:
+            for start in range(0, len(specs), _MOST):
+                jobs += self._submit(specs[start : start + _MOST], new)
+        except BaseException:
+            self.kill(jobs)
+            raise
+        return jobs
+
+    def _submit(self, specs: Sequence[JobSpec], new: New) -> list[SlurmJob]:
+        wanted = options.needs(specs[0])
+        count = len(specs)
+        log = os.path.join(self._folder, "fiber-%A_%a.log" if count > 1 else "fiber-%j.log")
+        command = self._shared.keeper("run", self._shared.describe(specs))
+        script = f"#!/bin/sh\nexec {shlex.join(command)}\n"
+        number = self._sbatch(options.batch(self._name, wanted, log, count), script)
+        now = time.monotonic()
+        with self._lock:
+            jobs = new(wanted, count, self)
+            for place, job in enumerate(jobs):
+                job.id = f"{number}_{place}" if count > 1 else number
+                job.log = log.replace("%A_%a", job.id).replace("%j", job.id)
+                self._jobs[job.id] = job
+                self._since[job.id] = now
+        return jobs
+
+    def _sbatch(self, arguments: list[str], script: str) -> str:
+        deadline = time.monotonic() + _OUTAGE
+        while True:
+            try:
+                told = commands.run("sbatch", *arguments, text=script)
+            except commands.Refused as error:
+                raise StartError(
+                    f"Slurm does not accept the job: {commands.plain(str(error))}. See the "
+                    "settings that begin with slurm_, and cpu_per_job and mem_per_job."
+                ) from error
+            except commands.Away as error:
+                if time.monotonic() > deadline or self._closed():
+                    raise StartError(
+                        f"Slurm's controller does not answer: {commands.plain(str(error))}. See "
+                        "`scontrol ping`."
+                    ) from error
+                time.sleep(_AGAIN)
+            else:
+                return told.strip().partition(";")[0]  # JOB;CLUSTER where there are several
+
+    def update(self, rows: Sequence[states.Row]) -> bool:
+        """Take what squeue says, all that Slurm knows. Under the lock; return whether it is new."""
+        found = {row.key: row for row in rows}
+        waiting: dict[str, list[SlurmJob]] = {}
+        new = False
+        for key, job in list(self._jobs.items()):
+            row = found.get(key)
+            if row is None:
+                if time.monotonic() - self._since[key] < _FORGOTTEN:
+                    continue
+                message = "has ended, and Slurm knows nothing of it any more"
+                status = JobStatus(JobState.ENDED, None, "Forgotten", message=message)
+            else:
+                status = states.status(row, job.needs, tail(job.log, 5) if _over(row) else "")
+            if status.reason in ("Requeued", "Unschedulable"):
+                self._doomed.append(key)
+            if status.state is JobState.PENDING and status.reason:
+                waiting.setdefault(status.reason, []).append(job)
+                continue
+            if status.state is JobState.ENDED and status.exit_code in (126, 127):
+                said = tail(job.log, 1)
+                status = status._replace(message=f"{status.message}: {said}" if said else said)
+            new = job.told(status) or new
+            if job.ended:
+                self._forget(job)
+        for reason, jobs in waiting.items():
+            message = states.waits(jobs[0].id, reason, len(jobs), len(self._jobs))
+            for job in jobs:
+                new = job.told(JobStatus(JobState.PENDING, None, reason, "", message)) or new
+        return new
+
+    def finish(self) -> None:
+        """Have Slurm end what it did not end yet. Not under the lock."""
+        if self._doomed:
+            self._cancel([])
+
+    def _forget(self, job: SlurmJob) -> None:
+        self._jobs.pop(job.id, None)
+        self._since.pop(job.id, None)
+
+    def terminate(self, jobs: Sequence[SlurmJob]) -> None:
+        """Send SIGTERM to the commands; those that wait are cancelled."""
+        with self._lock:
+            waiting = [job.id for job in jobs if job.status.state is JobState.PENDING]
+            running = [job.id for job in jobs if not job.ended and job.id not in waiting]
+        for some in _groups(running):
+            _try("scancel", "--batch", "--signal=TERM", *some)
+        for some in _groups(waiting):
+            _try("scancel", *some)
+
+    def kill(self, jobs: Sequence[SlurmJob]) -> None:
+        """End them at once."""
+        with self._lock:
+            todo = [job for job in jobs if not job.ended]
+            for job in todo:
+                job.killed()
+                self._forget(job)
+            self._lock.notify_all()
+        if todo:
+            self._cancel([job.id for job in todo])
+
+    def _cancel(self, keys: Sequence[str]) -> None:
+        """Have Slurm end jobs; later, if it does not answer."""
+        with self._lock:
+            todo, self._doomed = [*self._doomed, *keys], []
+        for some in _groups(todo):
+            if not (_try("scancel", "--full", "--signal=KILL", *some) and _try("scancel", *some)):
+                with self._lock:
+                    self._doomed += some
+
+
+def _over(row: states.Row) -> bool:
+    return row.state in ("FAILED", "CANCELLED", "OUT_OF_MEMORY", "TIMEOUT", "NODE_FAIL")
+
+
+def _groups(keys: Sequence[str]) -> list[Sequence[str]]:
+    return [keys[start : start + _ARGUMENTS] for start in range(0, len(keys), _ARGUMENTS)]
+
+
+def _try(*command: str) -> bool:
+    """Run a command about jobs that may have ended; return whether Slurm was there."""
+    try:
+        commands.run(*command)
+    except commands.Refused:
+        pass
+    except commands.Away:
+        return False
+    return True

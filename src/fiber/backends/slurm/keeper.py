@@ -1,0 +1,275 @@
+"""What runs on a node: it starts the command of a job, and may keep it.
+
+    batch job:  keeper.py run FILE  ─► reads its description ─► becomes the command
+    step:       keeper.py keep FILE ─► starts it ◄── lines of srun's standard input, for all tasks
+                                        └────────► lines of its standard output: what became of it
+
+The number of the task says which description in the file is its own. A keeper stays when its
+command has ended, for the next one costs no wait in a queue; when its input ends, its master is
+gone, and so is all that it has started.
+
+It is run by its path and is alone: it imports nothing of Fiber. What it says and is told are words
+between tabs, a line each, short enough for Slurm to pass them on whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any, NoReturn
+
+WARNING = 23  # SIGURG: the time of the allocation is nearly up
+LOOK = 0.5  # seconds between two looks at the memory of what runs
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def describe(path: str, number: int) -> tuple[list[str], dict[str, str], str, int | None]:
+    """Return command, environment, log and memory (in MB) of a job."""
+    found: Any = None
+    for _ in range(50):
+        try:
+            with open(path) as file:
+                found = json.load(file)
+            break
+        except FileNotFoundError:
+            time.sleep(0.1)  # a network's file system may be late
+    if found is None:
+        sys.exit("fiber: the description of this job is gone, and so is its master")
+    texts = found["texts"]
+    job = found["jobs"][number]
+    environment = {texts[name]: texts[value] for name, value in job["environment"]}
+    return [texts[part] for part in job["command"]], environment, job["log"], job["memory"]
+
+
+def execute(command: list[str], environment: dict[str, str]) -> str:
+    """Become `command`; return only to say why not."""
+    os.environ.update(environment)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        return f"cannot run {command[0]}: {error.strerror}"
+
+
+def run(path: str) -> NoReturn:
+    """Become the command of a batch job."""
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        sys.exit("fiber: this job was requeued, and another has taken its place")
+    command, environment, _, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
+    print("fiber: " + execute(command, environment), file=sys.stderr)
+    sys.exit(127)
+
+
+class Keeper:
+    """Keeps the command of one job at a time."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.me = os.environ["SLURM_PROCID"]
+        self.job = os.environ.get("SLURM_JOB_ID", "job")
+        self.pid = 0
+        self.key = ""
+        self.limit: int | None = None
+        self.leaving = False
+        self.exceeded = False
+        self.input = b""
+        self.wake, self.ring = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(self.ring, False)
+        signal.set_wakeup_fd(self.ring, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, WARNING):
+            signal.signal(number, self.on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.libc: Any = None
+        try:
+            import ctypes
+
+            self.libc = ctypes.CDLL(None)
+            self.libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what is orphaned is ours
+        except Exception:
+            pass  # no such thing here: then orphans are Slurm's
+
+    def say(self, *words: object) -> None:
+        data = "\t".join([self.me, *map(str, words)]) + "\n"
+        try:
+            os.write(1, data.encode())
+        except OSError:
+            pass  # the end of our input will tell
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Handle a signal, at the next step of the interpreter."""
+        if number == signal.SIGTERM:
+            self.leaving = True
+        elif number == WARNING and self.pid:
+            self.leaving = True
+            os.kill(self.pid, signal.SIGTERM)
+
+    def start(self, key: str, path: str, number: int) -> None:
+        """Start a command."""
+        self.key = key
+        command, environment, log, self.limit = describe(path, number)
+        self.exceeded = False
+        failed, fail = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self.prepare(log)
+                os.write(fail, execute(command, environment).encode())
+            finally:
+                os._exit(127)
+        os.close(fail)
+        self.pid = pid
+        error = os.read(failed, 1000).decode()  # it ends when the command has taken over
+        os.close(failed)
+        self.say("started", key, os.environ.get("SLURMD_NODENAME", ""), error.replace("\n", " "))
+
+    def prepare(self, log: str) -> None:
+        """In the child: streams and signals as a command expects them."""
+        if self.libc is not None:
+            self.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, WARNING, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            path = log.replace("%j", self.job)
+            out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError:
+            out = null
+        os.dup2(null, 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+
+    def reap(self) -> None:
+        """Take note of what has ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.pid = 0
+                self.clear()
+                self.say("ended", self.key, status, "OOMKilled" if self.exceeded else "")
+
+    def clear(self) -> None:
+        """Kill what a command left behind."""
+        for _ in range(50):
+            found = [pid for pid, (parent, _) in processes().items() if parent == os.getpid()]
+            if not found:
+                return
+            for pid in found:
+                kill(pid)
+                try:
+                    os.waitpid(pid, 0)
+                except ChildProcessError:
+                    pass
+
+    def look(self, limit: int) -> None:
+        """End a command that has used more bytes than it asked for, before Slurm ends all."""
+        table = processes()
+        tree, todo = [], [self.pid]
+        while todo:
+            pid = todo.pop()
+            tree.append(pid)
+            todo += [child for child, (parent, _) in table.items() if parent == pid]
+        if sum(table[pid][1] for pid in tree if pid in table) <= limit:
+            return
+        if sum(proportional(pid) for pid in tree) > limit:  # pages that they share count once
+            self.exceeded = True
+            for pid in tree:
+                kill(pid)
+
+    def obey(self, line: str) -> None:
+        """Do what the master says, if it is said to this task."""
+        task, what, *words = line.split("\t")
+        if task != self.me:
+            return
+        if what == "start" and not self.pid:
+            key, name, number = words
+            self.start(key, os.path.join(self.folder, name), int(number))
+        elif what == "signal" and self.pid and words[0] == self.key:
+            if int(words[1]) == signal.SIGKILL:
+                kill(self.pid)
+            else:
+                os.kill(self.pid, int(words[1]))
+
+    def serve(self) -> None:
+        """Until the input ends, or Slurm ends the step and the command has ended."""
+        while not (self.leaving and not self.pid):
+            timeout = LOOK if self.pid and self.limit else None
+            ready = select.select([0, self.wake], [], [], timeout)[0]
+            if self.wake in ready:
+                os.read(self.wake, 4096)
+            self.reap()
+            if 0 in ready:
+                data = os.read(0, 65536)
+                if not data:
+                    break
+                *lines, self.input = (self.input + data).split(b"\n")
+                for line in lines:
+                    self.obey(line.decode())
+            if self.pid and self.limit and not self.exceeded:
+                self.look(self.limit << 20)
+        if self.pid:
+            kill(self.pid)
+            os.waitpid(self.pid, 0)
+        self.clear()
+
+
+def kill(pid: int) -> None:
+    """Kill a process that may be gone."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def processes() -> dict[int, tuple[int, int]]:
+    """Return parent and bytes in memory of all processes, by process ID."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != b"Z":
+                found[int(name)] = int(fields[1]), int(fields[21]) * PAGE
+            else:
+                found[int(name)] = int(fields[1]), 0
+    return found
+
+
+def proportional(pid: int) -> int:
+    """Return the bytes in memory of a process, with its part of what it shares."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            for line in file:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 0
+
+
+def keep(path: str, place: str, first: str) -> None:
+    """Be a keeper."""
+    keeper = Keeper(os.path.dirname(path))
+    number = int(keeper.me)
+    step = os.environ.get("SLURM_STEP_ID", "0")
+    keeper.say("here", keeper.job, step, os.environ.get("SLURMD_NODENAME", ""))
+    keeper.start(str(int(first) + number), path, int(place) + number)
+    keeper.serve()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        run(sys.argv[2])
+    keep(*sys.argv[2:])

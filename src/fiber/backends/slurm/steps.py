@@ -1,0 +1,567 @@
+"""Steps: what is asked for in one call is one `srun`, each of whose tasks keeps a job.
+
+    submit ─┬─ a keeper that is free ◄─ "start" ─ srun's standard input: heard by all tasks
+            └─ srun -n N ─► N keepers, in this allocation or in one of its own
+    keepers ─ "here", "started", "ended" ─► srun's standard output ─► thread ─► SlurmJob
+    srun's standard error ─► why it waits, why a task or all of it has ended
+
+So hundreds of workers cost one wait in the queue and one call, and one that has to be replaced
+costs none. One thread reads from all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fiber.backends.base import JobSpec, JobState, JobStatus
+from fiber.backends.slurm import commands, detect, options, states
+from fiber.backends.slurm.jobs import New, SlurmJob
+from fiber.backends.slurm.options import Needs
+from fiber.backends.slurm.shared import Shared
+from fiber.errors import StartError
+
+__all__ = ["Steps"]
+
+_IDLE = 3.0  # seconds for which a step stays whose keepers have nothing to keep
+_LOOK = 1.0  # seconds
+_END = 3.0  # seconds that keepers have to end when their input does
+_WORDS = 16 * 1024  # of srun's standard error, that are kept
+_VERDICT = 5.0  # seconds in which squeue should say how an allocation has ended
+
+_TOO_LARGE = "Requested node configuration is not available"
+_TASKS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
+_NODE = re.compile(r"^srun: error: Node failure on (\S+)")
+_BUSY = re.compile(r"^srun: (?:error: )?Job \d+ step creation temporarily disabled.*?\((.*)\)")
+_QUEUED = re.compile(r"^srun: job (\d+) queued and waiting for resources")
+
+
+class Slot:
+    """A task of a step.
+
+    Attributes:
+        job: that it keeps; None if it is free.
+        node: that it is on; empty as long as it is not there.
+        dead: whether there is no keeper any more.
+    """
+
+    def __init__(self, job: SlurmJob) -> None:
+        self.job: SlurmJob | None = job
+        self.node = ""
+        self.dead = False
+
+
+class Described(NamedTuple):
+    """Jobs that a file in the shared folder describes, from a place in it on."""
+
+    path: str
+    jobs: Sequence[SlurmJob]
+    place: int
+
+
+class Step:
+    """One srun. All of it under the lock.
+
+    Attributes:
+        needs: of each task.
+        described: what it was begun with.
+        slots: its tasks.
+        allocation: the job that it is a step of, as far as is known.
+        own: whether the allocation is its own.
+        said: the end of srun's standard error.
+        over: when srun has ended; None while it has not.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], needs: Needs, described: Described, own: bool
+    ) -> None:
+        self.process = process
+        self.needs = needs
+        self.described = described
+        self.slots = [Slot(job) for job in described.jobs]
+        self.allocation = ""
+        self.number = ""
+        self.own = own
+        self.said = ""
+        self.over: float | None = None
+        self.closing = False
+        self.buffers = {process.stdout: b"", process.stderr: b""}
+        self.idle_since: float | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether its tasks have begun."""
+        return any(slot.node for slot in self.slots)
+
+    def tell(self, *words: object) -> None:
+        """Say something to the keepers, who listen as soon as they are there."""
+        assert self.process.stdin is not None
+        line = "\t".join(map(str, words)) + "\n"
+        with contextlib.suppress(OSError, ValueError):  # it has ended, and that will be noticed
+            self.process.stdin.write(line.encode())
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Let the keepers end, and srun with them."""
+        self.closing = True
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        if not self.here:  # nobody reads that yet
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+
+class Steps:
+    """See the module.
+
+    Args:
+        name: of steps and allocations.
+        shared: the folder for what keepers have to know.
+        folder: for the logs of jobs.
+        lock: of all that is known of jobs.
+        allocation: that we are in; empty if each step gets one of its own.
+        started: called with the process of each srun.
+        hurry: called when squeue should be asked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shared: Shared,
+        folder: str,
+        lock: threading.Condition,
+        allocation: str,
+        started: Callable[[int], object],
+        hurry: Callable[[], object],
+    ) -> None:
+        self._name = name
+        self._shared = shared
+        self._folder = folder
+        self._lock = lock
+        self._allocation = allocation
+        self._started = started
+        self._hurry = hurry
+        self._steps: list[Step] = []
+        self._slots: dict[int, tuple[Step, Slot]] = {}  # by the numbers of their jobs
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._ring = os.pipe()
+        os.set_blocking(self._ring, False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="fiber-slurm-steps", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether squeue can tell nothing of interest: no allocation of ours waits or has ended."""
+        return not any(step.own and not step.here for step in self._steps)
+
+    # Jobs
+
+    def submit(self, specs: Sequence[JobSpec], new: New) -> list[SlurmJob]:
+        """Have jobs started for specs that need the same; `new` makes what stands for them."""
+        wanted = options.needs(specs[0])
+        rest = list(specs)
+        with self._lock:
+            jobs = self._reuse(rest, wanted, new)
+        del rest[: len(jobs)]
+        try:
+            while rest:
+                with self._lock:
+                    count, overlap = self._room(len(rest), wanted)
+                    jobs += self._start(rest[:count], wanted, new, overlap)
+                del rest[:count]
+        except BaseException:
+            self.kill(jobs)
+            raise
+        return jobs
+
+    def _reuse(self, specs: Sequence[JobSpec], wanted: Needs, new: New) -> list[SlurmJob]:
+        free = [
+            (step, number)
+            for step in self._steps
+            if step.needs == wanted and step.over is None and not step.closing
+            for number, slot in enumerate(step.slots)
+            if slot.node and slot.job is None and not slot.dead
+        ][: len(specs)]
+        if not free:
+            return []
+        jobs = new(wanted, len(free), self)
+        path = self._describe(specs[: len(free)], jobs)
+        for place, (job, (step, number)) in enumerate(zip(jobs, free, strict=True)):
+            slot = step.slots[number]
+            slot.job = job
+            step.idle_since = None
+            self._slots[job.key] = step, slot
+            self._named(step, number, job)
+            step.tell(number, "start", job.key, os.path.basename(path), place)
+        return jobs
+
+    def _describe(self, specs: Sequence[JobSpec], jobs: Sequence[SlurmJob]) -> str:
+        log = os.path.join(self._folder, "fiber-%j-%k.log")
+        return self._shared.describe(specs, log, jobs[0].needs.memory, jobs[0].key)
+
+    def _room(self, count: int, wanted: Needs) -> tuple[int, bool]:
+        """Return how many tasks the next step has, and whether it shares CPUs with others.
+
+        As many as are free have CPUs for themselves. The others share, for they may well be what
+        the first ones wait for, as a manager is.
+        """
+        if not self._allocation:
+            return count, False
+        nodes = _cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+        most = sum(cpus // wanted.cpus for cpus in nodes)
+        if not nodes:
+            return count, detect.in_step()
+        if not most:
+            raise StartError(
+                f"A process asks for {wanted.cpus} CPUs, and no node of this allocation has more "
+                f"than {max(nodes)} of them: ask for less with @fiber.meta(cpu=...) or "
+                "cpu_per_job, or for a larger allocation."
+            )
+        used = sum(
+            step.needs.cpus * sum(not slot.dead for slot in step.slots)
+            for step in self._steps
+            if step.over is None
+        )
+        free = most - -(-used // wanted.cpus)
+        if detect.in_step() or free <= 0:
+            return min(count, most), True
+        return min(count, free), False
+
+    def _start(
+        self, specs: Sequence[JobSpec], wanted: Needs, new: New, overlap: bool
+    ) -> list[SlurmJob]:
+        jobs = new(wanted, len(specs), self)
+        self._launch(Described(self._describe(specs, jobs), jobs, 0), overlap)
+        return jobs
+
+    def _launch(self, described: Described, overlap: bool) -> None:
+        """Start an srun for jobs that are described in a file, from a place in it on."""
+        path, jobs, place = described
+        wanted = jobs[0].needs
+        command = [
+            "srun",
+            *options.step(self._name, wanted, len(jobs), self._allocation, overlap=overlap),
+            *self._shared.keeper("keep", path, str(place), str(jobs[0].key)),
+        ]
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                env=commands.step_environment(self._allocation),
+                start_new_session=True,  # a Ctrl-C is for the program
+            )
+        except FileNotFoundError as error:
+            raise commands.missing("srun") from error
+        self._started(process.pid)
+        step = Step(process, wanted, described, own=not self._allocation)
+        step.allocation = self._allocation
+        self._steps.append(step)
+        for job, slot in zip(jobs, step.slots, strict=True):
+            self._slots[job.key] = step, slot
+        for pipe_end in (process.stdout, process.stderr):
+            assert pipe_end is not None
+            os.set_blocking(pipe_end.fileno(), False)
+            self._selector.register(pipe_end, selectors.EVENT_READ, step)
+        self._wake()
+        self._hurry()
+
+    def terminate(self, jobs: Sequence[SlurmJob]) -> None:
+        """Send SIGTERM to the commands; those that wait are killed."""
+        self._signal(jobs, signal.SIGTERM)
+
+    def kill(self, jobs: Sequence[SlurmJob]) -> None:
+        """End them at once."""
+        self._signal(jobs, signal.SIGKILL)
+
+    def _signal(self, jobs: Sequence[SlurmJob], number: int) -> None:
+        with self._lock:
+            for job in jobs:
+                if job.ended or job.key not in self._slots:
+                    continue
+                step, slot = self._slots[job.key]
+                if job.status.state is JobState.RUNNING:
+                    step.tell(step.slots.index(slot), "signal", job.key, number)
+                if number == signal.SIGKILL or job.status.state is not JobState.RUNNING:
+                    job.killed()
+            for step in self._steps:
+                if not step.here and all(slot.job is None or slot.job.ended for slot in step.slots):
+                    step.close()
+            self._lock.notify_all()
+
+    # What keepers and srun say
+
+    def _run(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select(_LOOK):
+                if key.fileobj == self._bell:
+                    os.read(self._bell, 4096)
+                else:
+                    self._read(key)
+            with self._lock:
+                self._look()
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        step: Step = key.data
+        pipe: Any = key.fileobj
+        try:
+            data = os.read(key.fd, 1 << 16)
+        except BlockingIOError:
+            return
+        with self._lock:
+            if not data:
+                self._selector.unregister(pipe)
+                pipe.close()
+                del step.buffers[pipe]
+                if not step.buffers:
+                    step.process.wait()
+                    self._has_ended(step)
+            else:
+                *lines, step.buffers[pipe] = (step.buffers[pipe] + data).split(b"\n")
+                for line in lines:
+                    text = line.decode(errors="replace")
+                    if pipe is step.process.stdout:
+                        self._heard(step, text.split("\t"))
+                    else:
+                        self._complained(step, text)
+            self._lock.notify_all()
+
+    def _heard(self, step: Step, words: list[str]) -> None:
+        """A keeper says something."""
+        words = [*words, "", ""][:5]
+        if not words[0].isdecimal() or int(words[0]) >= len(step.slots):
+            return  # what something else has printed, such as a node's start-up script
+        number = int(words[0])
+        slot = step.slots[number]
+        if words[1] == "here":
+            step.allocation, step.number, slot.node = words[2], words[3], words[4] or "?"
+            if slot.job is not None:
+                self._named(step, number, slot.job)
+            return
+        key = int(words[2]) if words[2].isdecimal() else 0
+        job = slot.job
+        if job is None or job.key != key:
+            return
+        if words[1] == "started":
+            error = words[4]
+            if error:
+                job.told(JobStatus(JobState.ENDED, 127, "NoCommand", slot.node, error))
+            elif job.unwanted:
+                step.tell(number, "signal", key, int(signal.SIGKILL))
+            job.told(JobStatus(JobState.RUNNING, None, "", slot.node))
+        elif words[1] == "ended" and words[3].isdecimal():
+            slot.job = None
+            del self._slots[key]
+            code = os.waitstatus_to_exitcode(int(words[3]))
+            if words[4]:
+                end = JobStatus(JobState.ENDED, code, "OOMKilled", "", states.oom(job.needs))
+            elif code < 0:
+                end = JobStatus(JobState.ENDED, code, "Signal", "", f"was ended by signal {-code}")
+            elif code:
+                end = JobStatus(JobState.ENDED, code, "Error", "", f"exit code {code}")
+            else:
+                end = JobStatus(JobState.ENDED, 0)
+            job.told(end)
+
+    def _named(self, step: Step, number: int, job: SlurmJob) -> None:
+        job.id = f"{step.allocation}.{step.number}/{number}"
+        job.log = os.path.join(self._folder, f"fiber-{step.allocation}-{job.key}.log")
+
+    def _complained(self, step: Step, line: str) -> None:
+        """Srun, or Slurm's daemon on a node, says something."""
+        step.said = (step.said + line + "\n")[-_WORDS:]
+        queued = _QUEUED.match(line)
+        if queued:
+            step.allocation = queued[1]
+        busy = _BUSY.match(line)
+        if busy:
+            waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
+            message = (
+                f"{len(waiting)} Slurm tasks wait for resources of job {step.allocation}: {busy[1]}"
+            )
+            for job in waiting:
+                job.told(JobStatus(JobState.PENDING, None, "Resources", "", message))
+        node = _NODE.match(line)
+        if node:
+            lost = JobStatus(JobState.ENDED, None, "NodeLost", node[1], "its node failed")
+            for slot in step.slots:
+                if slot.node == node[1]:
+                    self._lose(slot, lost)
+        tasks = _TASKS.match(line)
+        if tasks:
+            for number in _numbers(tasks[2]):
+                if number < len(step.slots):
+                    how = states.of_step(step.said, step.needs) or _of_task(tasks[3], step.needs)
+                    self._lose(step.slots[number], how)
+
+    def _lose(self, slot: Slot, how: JobStatus) -> None:
+        slot.dead = True
+        if slot.job is not None:
+            slot.job.told(how._replace(node=slot.node))
+            self._slots.pop(slot.job.key, None)
+            slot.job = None
+
+    def _has_ended(self, step: Step) -> None:
+        """Srun has ended; how, its last words say, or squeue will."""
+        step.over = time.monotonic()
+        if step.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                step.process.stdin.close()
+        how = states.of_step(step.said, step.needs)
+        if step.closing:
+            how = JobStatus(JobState.ENDED, None, "Killed", message="was ended with its step")
+        elif how is None and "srun: error: Unable to" in step.said:
+            if _TOO_LARGE in step.said and len(step.slots) > 1:
+                self._halve(step)
+                return
+            words = commands.plain("\n".join(step.said.splitlines()[-4:]))
+            message = (
+                f"Slurm does not start it: {words}. See the settings that begin with slurm_, and "
+                "cpu_per_job and mem_per_job."
+            )
+            how = JobStatus(JobState.ENDED, None, "NotStarted", message=message)
+        if how is not None or not step.own:
+            self._bury(step, how)
+        else:
+            self._hurry()
+
+    def _halve(self, step: Step) -> None:
+        """No allocation can be so large: two of half the size, one after the other, may do."""
+        self._steps.remove(step)
+        path, jobs, place = step.described
+        middle = len(jobs) // 2
+        self._launch(Described(path, jobs[:middle], place), False)
+        self._launch(Described(path, jobs[middle:], place + middle), False)
+
+    def _bury(self, step: Step, how: JobStatus | None) -> None:
+        if how is None:
+            words = commands.plain("\n".join(step.said.splitlines()[-4:]))
+            code = step.process.returncode
+            message = f"its srun ended with exit code {code}" + (f": {words}" if words else "")
+            how = JobStatus(JobState.ENDED, None, "StepEnded", message=message)
+        for slot in step.slots:
+            self._lose(slot, how)
+        self._steps.remove(step)
+
+    def update(self, rows: Sequence[states.Row]) -> bool:
+        """Take what squeue says. Under the lock; return whether it is new."""
+        found = {row.key: row for row in rows}
+        new = False
+        for step in list(self._steps):
+            row = found.get(step.allocation)
+            if row is None and step.own and not step.allocation and len(rows) == 1:
+                row = rows[0]
+            if step.over is not None:
+                known = row is not None and row.state not in ("RUNNING", "COMPLETING")
+                if known or time.monotonic() - step.over > _VERDICT:
+                    how = states.status(row, step.needs) if row is not None and known else None
+                    cause = how is not None and how.reason not in ("", "Error", "Signal")
+                    self._bury(step, how if cause else None)
+                    new = True
+                else:
+                    self._hurry()
+            elif row is not None and not step.here:
+                status = states.status(row, step.needs)
+                if status.state is JobState.PENDING and status.reason:
+                    waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
+                    message = states.waits(row.key, status.reason, 1, 1)
+                    if len(waiting) > 1:
+                        message += f" ({len(waiting)} Fiber jobs in it)"
+                    for job in waiting:
+                        new = job.told(status._replace(message=message)) or new
+                elif status.reason == "Unschedulable":
+                    for slot in step.slots:
+                        self._lose(slot, status)
+                    step.close()
+                    new = True
+        return new
+
+    def _look(self) -> None:
+        """Let steps end that have nothing to do."""
+        now = time.monotonic()
+        for step in self._steps:
+            if step.over is not None or step.closing or any(slot.job for slot in step.slots):
+                step.idle_since = None
+            elif step.idle_since is None:
+                step.idle_since = now
+            elif now - step.idle_since > _IDLE:
+                step.close()
+
+    # The end
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._ring, b"\0")
+
+    def close(self) -> None:
+        """End all steps."""
+        with self._lock:
+            steps = list(self._steps)
+            for step in steps:
+                step.close()
+            for step in steps:
+                for slot in step.slots:
+                    if slot.job is not None:
+                        slot.job.killed()
+            self._lock.wait_for(lambda: all(step.over is not None for step in steps), _END)
+            late = [step for step in steps if step.over is None]
+        for step in late:
+            with contextlib.suppress(ProcessLookupError):
+                step.process.terminate()
+        self._closed = True
+        self._wake()
+        self._thread.join()
+        for step in late:
+            try:
+                step.process.wait(_END)
+            except subprocess.TimeoutExpired:
+                step.process.kill()
+                step.process.wait()
+            for pipe in list(step.buffers):
+                assert pipe is not None
+                pipe.close()
+        self._selector.close()
+        os.close(self._bell)
+        os.close(self._ring)
+
+
+def _cpus(text: str) -> list[int]:
+    """Return the CPUs of each node, of what Slurm says as "2(x3),1"."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match:
+            found += [int(match[1])] * int(match[2] or 1)
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the numbers of a list such as "0-2,5"."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal():
+            found += range(int(first), int(last if last.isdecimal() else first) + 1)
+    return found
+
+
+def _of_task(words: str, needs: Needs) -> JobStatus:
+    """Return how a task has ended, in the words of srun."""
+    if "Out Of Memory" in words:
+        return JobStatus(JobState.ENDED, None, "OOMKilled", message=states.oom(needs))
+    if "Killed" in words:
+        return JobStatus(JobState.ENDED, -9, "Signal", message="its keeper was killed")
+    return JobStatus(JobState.ENDED, None, "KeeperEnded", message=f"its keeper ended: {words}")
