@@ -440,7 +440,12 @@ class Steps:
 
     def _halve(self, step: Step) -> None:
         """No allocation can be so large: two of half the size, one after the other, may do."""
-        self._steps.remove(step)
+        for slot in step.slots:
+            slot.job = None
+        if step.over is None:
+            step.close()
+        else:
+            self._steps.remove(step)
         path, jobs, place = step.described
         middle = len(jobs) // 2
         self._launch(Described(path, jobs[:middle], place), False)
@@ -482,6 +487,8 @@ class Steps:
                         message += f" ({len(waiting)} Fiber jobs in it)"
                     for job in waiting:
                         new = job.told(status._replace(message=message)) or new
+                elif status.reason == "Unschedulable" and len(step.slots) > 1 and not step.closing:
+                    self._halve(step)
                 elif status.reason == "Unschedulable":
                     for slot in step.slots:
                         self._lose(slot, status)
