@@ -1,13 +1,19 @@
-"""`python -m benchmarks.startup docker|kubernetes [--workers N] [--rounds N] [--image IMAGE]`.
+"""`python -m benchmarks.startup docker|kubernetes|slurm [--workers N] [--rounds N] ...`.
 
 How long a pool takes until all of its workers are ready, against what the engine itself needs for
-as many bare containers or pods of the same image; in turns, in one run. It prints a table in
-Markdown: the figures in RESULTS.md are from there.
+as many bare containers, pods or jobs; in turns, in one run. It prints a table in Markdown: the
+figures in RESULTS.md are from there.
+
+On Slurm a bare job is Python that connects to this program: by one `sbatch --array`, and by one
+`srun -n`. A cluster of fewer CPUs than workers has to be told that it may share them: see
+`--options`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,9 +28,9 @@ DEADLINE = 180.0  # seconds
 SLEEP = ["sleep", "600"]
 
 
-def pool(backend: str, workers: int, each: int) -> float:
+def pool(backend: str, workers: int, each: int, mode: str = "auto") -> float:
     """Return the seconds from `Pool(workers)` until all are ready; `each` of them share a job."""
-    fiber.init(workers_per_job=each)
+    fiber.init(workers_per_job=each, slurm_mode=mode)
     began = time.monotonic()
     with fiber.get_context(backend).Pool(workers) as pool:
         while pool.stats().ready < workers:
@@ -93,6 +99,37 @@ def bare_kubernetes(workers: int, image: str) -> float:
     return took
 
 
+CALL = "import socket, sys; s = socket.create_connection(sys.argv[1:3]); s.recv(1)"
+
+
+def bare_slurm(workers: int, way: str) -> float:
+    """Return the seconds until as many bare jobs, or tasks of a step, have connected."""
+    with socket.create_server(("", 0), backlog=workers) as server:
+        address = [socket.gethostname(), str(server.getsockname()[1])]
+        call = [sys.executable, "-I", "-S", "-c", CALL, *address]
+        options = ["--job-name=bare", *fiber.config.slurm_options]
+        began = time.monotonic()
+        step = None
+        if way == "srun":
+            step = subprocess.Popen(["srun", f"--ntasks={workers}", *options, *call])
+        else:
+            script = "#!/bin/sh\nexec " + shlex.join(call)
+            array = [f"--array=0-{workers - 1}", "--output=/dev/null"]
+            command = ["sbatch", "--parsable", *array, *options]
+            subprocess.run(command, input=script, text=True, check=True, stdout=subprocess.DEVNULL)
+        server.settimeout(DEADLINE)
+        lines = [server.accept()[0] for _ in range(workers)]
+        took = time.monotonic() - began
+        for line in lines:
+            line.close()
+    if step is not None:
+        step.wait()
+    while subprocess.check_output(["squeue", "--noheader", "--name=bare"]):
+        _check(began)
+        time.sleep(0.1)
+    return took
+
+
 def _check(began: float) -> None:
     if time.monotonic() - began > DEADLINE:
         sys.exit(f"not ready within {DEADLINE:g} seconds")
@@ -100,26 +137,35 @@ def _check(began: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup")
-    parser.add_argument("backend", choices=["docker", "kubernetes"])
+    parser.add_argument("backend", choices=["docker", "kubernetes", "slurm"])
     parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--image", required=True, help="of a stock Python")
+    parser.add_argument("--image", help="of a stock Python; for containers and pods")
+    parser.add_argument("--options", default="", help="further options of sbatch and srun")
     options = parser.parse_args()
     workers = options.workers
-    fiber.init(image=options.image, cpu_per_job=1)
-    bare = bare_docker if options.backend == "docker" else bare_kubernetes
-    kinds: dict[str, Callable[[], float]] = {
-        "bare": lambda: bare(workers, options.image),
-        "Pool, a job for each worker": lambda: pool(options.backend, workers, 1),
-        "Pool, ten workers in a job": lambda: pool(options.backend, workers, 10),
-    }
+    fiber.init(image=options.image, cpu_per_job=1, slurm_options=options.options)
+    kinds: dict[str, Callable[[], float]] = {}
+    if options.backend == "slurm":
+        kinds["bare: one srun -n"] = lambda: bare_slurm(workers, "srun")
+        kinds["bare: one sbatch --array"] = lambda: bare_slurm(workers, "array")
+        kinds["Pool, one allocation for all"] = lambda: pool("slurm", workers, 1, "pool")
+        kinds["Pool, a batch job for each worker"] = lambda: pool("slurm", workers, 1, "batch")
+        kinds["Pool, one allocation, ten workers in a task"] = lambda: pool(
+            "slurm", workers, 10, "pool"
+        )
+    else:
+        bare = bare_docker if options.backend == "docker" else bare_kubernetes
+        kinds["bare"] = lambda: bare(workers, options.image)
+        kinds["Pool, a job for each worker"] = lambda: pool(options.backend, workers, 1)
+        kinds["Pool, ten workers in a job"] = lambda: pool(options.backend, workers, 10)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind, measure in kinds.items():
             seconds[kind].append(measure())
             print(f"{kind}: {seconds[kind][-1]:.2f} s", file=sys.stderr)
-    reference = statistics.median(seconds["bare"])
-    print(f"| {workers} on {options.backend} | median | least | most | ratio to bare |")
+    reference = statistics.median(seconds[next(iter(kinds))])
+    print(f"| {workers} on {options.backend} | median | least | most | ratio to the first |")
     print("|---|---|---|---|---|")
     for kind, values in seconds.items():
         middle = statistics.median(values)

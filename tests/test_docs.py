@@ -21,7 +21,7 @@ from fiber.resources import Resources
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-ENGINES = {"docker.md", "kubernetes.md"}
+ENGINES = {"docker.md", "kubernetes.md", "slurm.md"}
 PROGRAMS = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
@@ -107,7 +107,7 @@ def test_settings_that_a_page_names_are_there(page: str) -> None:
     from fiber.config import KEYS
 
     text = (ROOT / "docs" / page).read_text()
-    named = set(re.findall(r"`((?:docker|kubernetes)_\w+)`", text))
+    named = set(re.findall(r"`((?:docker|kubernetes|slurm)_\w+)`", text))
     named |= {name.lower() for name in re.findall(r"\bFIBER_([A-Z_]+)", text)}
     assert named
     assert named <= set(KEYS)

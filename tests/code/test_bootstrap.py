@@ -281,7 +281,7 @@ def test_another_version_of_python_is_told(job: Job, version: str) -> None:
     done = job(REPORT, python=python)
     ours = "{}.{}".format(*sys.version_info)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"fiber: the image has Python {version}, the master {ours}: ")
+    assert done.stderr.startswith(f"fiber: this job has Python {version}, the master {ours}: ")
     assert done.stderr.count("\n") == 1
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.backends import kubernetes_cluster as cluster
+from tests.backends import slurm_cluster
 from tests.elsewhere.sites import SITES, Site
 from tests.test_docs import ROOT, RunScript, manifests, matches
 
@@ -107,3 +111,56 @@ def test_the_master_of_the_kubernetes_page_runs_its_program(
     assert matches(log, told(code)), log
     namespace.delete("master")
     namespace.becomes_empty()
+
+
+def shells(page: str) -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
+@pytest.fixture
+def login(
+    engine: Engine, clean_environ: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A user's folder with the program of the page, where `python` is the one of these tests."""
+    engine("slurm", slurm_cluster.probe)
+    (tmp_path / "program.py").write_text(programs("slurm.md")[0])
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def run_as_user(folder: Path, command: str) -> str:
+    done = subprocess.run(
+        command, check=False, shell=True, cwd=folder, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def left_clean(folder: Path) -> None:
+    slurm_cluster.until(lambda: not slurm_cluster.jobs(), "no job is left")
+    assert not list((folder / ".fiber").iterdir())
+    assert not list(folder.glob("fiber-*.log"))
+
+
+def test_the_batch_script_of_the_slurm_page(login: Path) -> None:
+    (script,) = [block for block in shells("slurm.md") if block.startswith("#!")]
+    (submit,) = [block for block in shells("slurm.md") if block.startswith("sbatch")]
+    (login / "program.sh").write_text(script)
+    run_as_user(login, submit.replace("sbatch", "sbatch --wait"))
+    (log,) = login.glob("slurm-*.out")
+    assert matches(log.read_text(), told(programs("slurm.md")[0])), log.read_text()
+    left_clean(login)
+
+
+@pytest.mark.parametrize("first", ["salloc", "FIBER_BACKEND"])
+def test_the_interactive_commands_of_the_slurm_page(login: Path, first: str) -> None:
+    (command,) = [block for block in shells("slurm.md") if block.startswith(first)]
+    out = run_as_user(login, command)
+    assert matches(out, told(programs("slurm.md")[0])), out
+    left_clean(login)

@@ -178,7 +178,7 @@ def test_what_the_image_lacks_is_told_in_a_table(site: Site) -> None:
     program = site.run(LACKING, quiet=False)
     told = program.out + program.err
     assert re.search(r"^psutil +[\d.]+ +missing$", told, re.M), told
-    assert f"{IMAGE} does not have them so" in told
+    assert f"{site.image} does not have them so" in told
     assert "pip install psutil==" in told
     assert "ModuleNotFoundError: No module named 'psutil'" in told
     assert told.count("Traceback") <= 1, program.all()

@@ -86,8 +86,9 @@ def prove(sock: socket.socket, secret: bytes) -> None:
     ours, theirs = "{}.{}".format(*sys.version_info), "{}.{}".format(*python)
     if ours != theirs:
         sys.exit(
-            f"fiber: the image has Python {ours}, the master {theirs}: code does not pass between "
-            f"the two, so take an image with Python {theirs} or run the program with {ours}."
+            f"fiber: this job has Python {ours}, the master {theirs}: code does not pass between "
+            f"the two, so take an image (on Slurm, slurm_python) with Python {theirs} or run the "
+            f"program with {ours}."
         )
     hello = struct.pack("!8sHBB32s", MAGIC, VERSION, *python, os.urandom(32))
     both = greeting + hello

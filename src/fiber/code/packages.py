@@ -98,7 +98,7 @@ def table(differences: Sequence[Difference], where: str) -> str:
     command = " ".join(f"{name}=={here.partition('+')[0]}" for name, here, _ in differences)
     lines.append(
         f"The program has these packages here, and {where} does not have them so: what needs them "
-        f"may fail there. Take an image that has them, or add them with `pip install {command}`."
+        f"may fail there. Take one that has them, or add them with `pip install {command}`."
     )
     return "\n".join(lines)
 

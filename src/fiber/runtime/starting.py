@@ -30,6 +30,7 @@ __all__ = ["begin", "orders", "preparation"]
 
 _CONNECT_TIMEOUT = 30.0  # seconds
 _KINDS = {"docker": "container", "kubernetes": "pod", "slurm": "Slurm job"}
+_WITH_IMAGES = ("docker", "kubernetes")
 _AT_HOME = ("fiber.backends.", "fiber.cli", "fiber.code.", "fiber.testing")
 """Modules that are of no use elsewhere, or need what is not there."""
 
@@ -87,7 +88,8 @@ def begin(
     if isinstance(by, Outside):
         agent.on_ready = by.place_is_there
     cpu = needs[0].cpu or config.cpu_per_job
-    agent.begin(order, session.endpoint, {**told, "cpu": cpu})
+    where = told["image"] if backend in _WITH_IMAGES else f"the Python of {backend} jobs"
+    agent.begin(order, session.endpoint, {**told, "cpu": cpu, "image": where})
 
     def gone() -> None:
         if isinstance(by, Outside):

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 
 from fiber.backends.base import JobSpec, JobState, JobStatus
 from fiber.backends.slurm import commands, options, states
-from fiber.backends.slurm.jobs import New, SlurmJob, tail
+from fiber.backends.slurm.jobs import WORTH_TELLING, New, SlurmJob, tail
 from fiber.backends.slurm.shared import Shared
 from fiber.errors import StartError
 
 __all__ = ["Batch"]
 
-_OUTAGE = 120.0  # seconds that a controller may be away while jobs are submitted
+_OUTAGE = 120.0  # seconds that a controller may be away that was there before
 _AGAIN = 1.0  # seconds
 _FORGOTTEN = 15.0  # seconds after which Slurm should know of a job that it has accepted
 _MOST = 500  # jobs of one array: sites allow a thousand, or less
@@ -58,6 +58,7 @@ class Batch:
         self._jobs: dict[str, SlurmJob] = {}  # by what squeue calls them; not those that ended
         self._since: dict[str, float] = {}
         self._doomed: list[str] = []
+        self._answered = False
 
     @property
     def idle(self) -> bool:
@@ -103,13 +104,14 @@ class Batch:
                     "settings that begin with slurm_, and cpu_per_job and mem_per_job."
                 ) from error
             except commands.Away as error:
-                if time.monotonic() > deadline or self._closed():
+                if time.monotonic() > deadline or self._closed() or not self._answered:
                     raise StartError(
                         f"Slurm's controller does not answer: {commands.plain(str(error))}. See "
                         "`scontrol ping`."
                     ) from error
                 time.sleep(_AGAIN)
             else:
+                self._answered = True
                 return told.strip().partition(";")[0]  # JOB;CLUSTER where there are several
 
     def update(self, rows: Sequence[states.Row]) -> bool:
@@ -129,6 +131,8 @@ class Batch:
             if status.reason in ("Requeued", "Unschedulable"):
                 self._doomed.append(key)
             if status.state is JobState.PENDING and status.reason:
+                if time.monotonic() - self._since[key] < WORTH_TELLING:
+                    continue
                 waiting.setdefault(status.reason, []).append(job)
                 continue
             if status.state is JobState.ENDED and status.exit_code in (126, 127):

@@ -15,10 +15,13 @@ from typing import Any
 from fiber.backends.base import JobState, JobStatus
 from fiber.backends.slurm.options import Needs
 
-__all__ = ["New", "SlurmJob", "tail"]
+__all__ = ["WORTH_TELLING", "New", "SlurmJob", "tail"]
 
 New = Callable[[Needs, int, Any], "list[SlurmJob]"]
 """Makes so many jobs that need the same, and are at home somewhere, with numbers in a row."""
+
+WORTH_TELLING = 5.0
+"""Seconds that a job may wait before anybody is told what for."""
 
 _READ = 32 * 1024  # bytes from the end of a log
 

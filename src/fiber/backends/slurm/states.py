@@ -186,7 +186,7 @@ TIME_LIMIT = "was ended by Slurm at its time limit: ask for more with slurm_time
 
 def oom(needs: Needs) -> str:
     """Return the sentence on a job that used too much memory."""
-    limit = f" of {needs.memory} MB" if needs.memory is not None else ""
+    limit = f" of {needs.memory} MB" if needs.memory is not None else ", the cluster's default"
     return (
         f"was OOMKilled: it used more memory than its limit{limit}; ask for more with "
         "@fiber.meta(memory=...) or mem_per_job"

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from fiber.backends.base import JobSpec, JobState, JobStatus
 from fiber.backends.slurm import commands, detect, options, states
-from fiber.backends.slurm.jobs import New, SlurmJob
+from fiber.backends.slurm.jobs import WORTH_TELLING, New, SlurmJob
 from fiber.backends.slurm.options import Needs
 from fiber.backends.slurm.shared import Shared
 from fiber.errors import StartError
@@ -34,6 +34,8 @@ __all__ = ["Steps"]
 _IDLE = 3.0  # seconds for which a step stays whose keepers have nothing to keep
 _LOOK = 1.0  # seconds
 _END = 3.0  # seconds that keepers have to end when their input does
+_OUTAGE = 120.0  # seconds for which a controller is asked again that was there before
+_AGAIN = 1.0  # seconds
 _WORDS = 16 * 1024  # of srun's standard error, that are kept
 _VERDICT = 5.0  # seconds in which squeue should say how an allocation has ended
 
@@ -78,6 +80,7 @@ class Step:
         own: whether the allocation is its own.
         said: the end of srun's standard error.
         over: when srun has ended; None while it has not.
+        since: when it was first tried.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class Step:
         self.own = own
         self.said = ""
         self.over: float | None = None
+        self.overlap = False
+        self.since = time.monotonic()
         self.closing = False
         self.buffers = {process.stdout: b"", process.stderr: b""}
         self.idle_since: float | None = None
@@ -156,6 +161,8 @@ class Steps:
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._ring, False)
         self._selector.register(self._bell, selectors.EVENT_READ)
+        self._later: list[tuple[float, Step]] = []
+        self._answered = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fiber-slurm-steps", daemon=True)
         self._thread.start()
@@ -245,7 +252,7 @@ class Steps:
         self._launch(Described(self._describe(specs, jobs), jobs, 0), overlap)
         return jobs
 
-    def _launch(self, described: Described, overlap: bool) -> None:
+    def _launch(self, described: Described, overlap: bool, since: float | None = None) -> None:
         """Start an srun for jobs that are described in a file, from a place in it on."""
         path, jobs, place = described
         wanted = jobs[0].needs
@@ -268,6 +275,8 @@ class Steps:
             raise commands.missing("srun") from error
         self._started(process.pid)
         step = Step(process, wanted, described, own=not self._allocation)
+        step.overlap = overlap
+        step.since = step.since if since is None else since
         step.allocation = self._allocation
         self._steps.append(step)
         for job, slot in zip(jobs, step.slots, strict=True):
@@ -347,6 +356,7 @@ class Steps:
         number = int(words[0])
         slot = step.slots[number]
         if words[1] == "here":
+            self._answered = True
             step.allocation, step.number, slot.node = words[2], words[3], words[4] or "?"
             if slot.job is not None:
                 self._named(step, number, slot.job)
@@ -389,11 +399,10 @@ class Steps:
         busy = _BUSY.match(line)
         if busy:
             waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
-            message = (
-                f"{len(waiting)} Slurm tasks wait for resources of job {step.allocation}: {busy[1]}"
-            )
+            message = f"{len(waiting)} tasks wait for resources of Slurm job {step.allocation}"
+            waits = JobStatus(JobState.PENDING, None, "Resources", "", f"{message}: {busy[1]}")
             for job in waiting:
-                job.told(JobStatus(JobState.PENDING, None, "Resources", "", message))
+                job.told(waits)
         node = _NODE.match(line)
         if node:
             lost = JobStatus(JobState.ENDED, None, "NodeLost", node[1], "its node failed")
@@ -421,8 +430,15 @@ class Steps:
             with contextlib.suppress(OSError):
                 step.process.stdin.close()
         how = states.of_step(step.said, step.needs)
+        silent = not step.here and commands.is_silence(step.said)
+        if silent and not step.closing and self._tries_again(step):
+            return
         if step.closing:
             how = JobStatus(JobState.ENDED, None, "Killed", message="was ended with its step")
+        elif silent:
+            words = commands.plain("\n".join(step.said.splitlines()[-2:]))
+            message = f"Slurm's controller does not answer: {words}. See `scontrol ping`."
+            how = JobStatus(JobState.ENDED, None, "NotStarted", message=message)
         elif how is None and "srun: error: Unable to" in step.said:
             if _TOO_LARGE in step.said and len(step.slots) > 1:
                 self._halve(step)
@@ -437,6 +453,19 @@ class Steps:
             self._bury(step, how)
         else:
             self._hurry()
+
+    def _tries_again(self, step: Step) -> bool:
+        """The controller was away: start it anew in a moment, if it has been there before."""
+        now = time.monotonic()
+        if not self._answered or now - step.since > _OUTAGE:
+            return False
+        self._steps.remove(step)
+        for slot in step.slots:
+            if slot.job is not None:
+                message = "Slurm's controller does not answer"
+                slot.job.told(JobStatus(JobState.PENDING, None, "Unreachable", "", message))
+        self._later.append((now + _AGAIN, step))
+        return True
 
     def _halve(self, step: Step) -> None:
         """No allocation can be so large: two of half the size, one after the other, may do."""
@@ -480,7 +509,8 @@ class Steps:
                     self._hurry()
             elif row is not None and not step.here:
                 status = states.status(row, step.needs)
-                if status.state is JobState.PENDING and status.reason:
+                waits_long = time.monotonic() - step.since > WORTH_TELLING
+                if status.state is JobState.PENDING and status.reason and waits_long:
                     waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
                     message = states.waits(row.key, status.reason, 1, 1)
                     if len(waiting) > 1:
@@ -497,8 +527,13 @@ class Steps:
         return new
 
     def _look(self) -> None:
-        """Let steps end that have nothing to do."""
+        """Let steps end that have nothing to do, and start those that could not be."""
         now = time.monotonic()
+        for when, step in list(self._later):
+            if when <= now:
+                self._later.remove((when, step))
+                if any(slot.job is not None and not slot.job.ended for slot in step.slots):
+                    self._launch(step.described, step.overlap, step.since)
         for step in self._steps:
             if step.over is not None or step.closing or any(slot.job for slot in step.slots):
                 step.idle_since = None
