@@ -164,13 +164,37 @@ def test_a_node_that_is_drained(site: Slurm) -> None:
         slurm("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
 
+LONG = """
+import fiber, os, time
+
+def work(x):
+    while not os.path.exists("go"):
+        time.sleep(0.05)
+    return x
+
+if __name__ == "__main__":
+    with fiber.Pool(3) as pool:
+        result = pool.map_async(work, range(3), chunksize=1)
+        while min(pool.stats().ready, pool.stats().running) < 3:
+            time.sleep(0.01)
+        print("begun", flush=True)
+        assert result.get() == [0, 1, 2]
+        print("all", flush=True)
+"""
+
+
 def test_preempted_jobs_are_not_to_blame(site: Slurm) -> None:
-    # With no attempt left, a task that was charged for a preemption would fail.
-    program = begin(site, 0.005, FIBER_RETRIES="0")
-    (site.folder / "killed").touch()
-    other = slurm("sbatch", "--parsable", "-phigh", "-n8", "-o/dev/null", "--wrap=sleep 3").strip()
+    # A task that was charged with two of them would fail.
+    program = site.start(LONG, env={"FIBER_RETRIES": "1"})
+    program.wait_for("begun")
+    for _ in range(2):
+        before = set(site.jobs())
+        assert len(before) == 3
+        other = slurm("sbatch", "--parsable", "-phigh", "-n8", "-o/dev/null", "--wrap=sleep 1")
+        program.wait_until(lambda: len(set(site.jobs()) - before) == 3, "three other jobs")  # noqa: B023
+        slurm("scancel", other.strip(), check=False)
+    (site.folder / "go").touch()
     finish(program)
-    slurm("scancel", other)
     assert "was preempted by Slurm for a job of higher priority" in program.err
 
 
@@ -232,7 +256,6 @@ def finish_late(program: Program) -> None:
 REFUSED = """
 import fiber
 
-@fiber.meta(cpu=3)
 def work(x):
     pass
 
@@ -293,7 +316,7 @@ def test_a_requeued_job_is_another(
 ) -> None:
     engine("slurm", probe)
     site = Slurm(tmp_path)
-    program = begin(site, 0.005, FIBER_SLURM_OPTIONS="--requeue", FIBER_RETRIES="0")
+    program = begin(site, 0.005, FIBER_SLURM_OPTIONS="--requeue")
     (site.folder / "killed").touch()
     job = allocations(site)[0]
     slurm("scontrol", "requeue", job)

@@ -106,7 +106,7 @@ def test_a_package_is_run_as_a_program(site: Site) -> None:
 
 
 RESOURCES = """
-import os
+import os, time
 import fiber
 
 def threads(_):
@@ -115,6 +115,7 @@ def threads(_):
 @fiber.meta(cpu=2, memory="{memory}")
 def eat(megabytes):
     block = b"x" * (megabytes << 20)
+    time.sleep(megabytes / 150)  # not all managers notice at once
     return threads(0)
 
 if __name__ == "__main__":

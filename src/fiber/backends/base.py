@@ -126,7 +126,11 @@ class Backend(Protocol):
         """
 
     def status(self, jobs: Sequence[Job]) -> Sequence[JobStatus]:
-        """Return how `jobs` are, in their order, as far as is known now."""
+        """Return how `jobs` are, in their order, as far as is known now.
+
+        A backend that asks its manager now and then has it asked anew soon: whoever calls this has
+        reason to think that something has happened.
+        """
 
     def wait(self, jobs: Sequence[Job], timeout: float) -> Sequence[JobStatus]:
         """Wait until one of `jobs` has ended, at most `timeout` seconds; return how they are."""

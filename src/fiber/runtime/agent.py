@@ -104,6 +104,7 @@ class Agent:
         self.streams: set[Stream] = set()
         self._channel = channel
         self._handlers: dict[int, Any] = {}
+        self._asked_to_end = False
         self._leaving = False
         self._limit = (0, 0)  # of open files, as the children shall have it
         self._pid = os.getpid()
@@ -164,7 +165,12 @@ class Agent:
         self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: self.loop.call_soon(self._leave_soon))
+
+        def on_term(*_: object) -> None:
+            self._asked_to_end = True
+            self.loop.call_soon(self._leave_soon)
+
+        signal.signal(signal.SIGTERM, on_term)
 
     def _leave_soon(self) -> None:
         """SIGTERM, perhaps for all of the program: start no more, and stay while there are some.
@@ -331,6 +337,8 @@ class Agent:
 
     def _reap(self, wake: int) -> None:
         os.read(wake, 4096)
+        if self._asked_to_end and self.processes:
+            self._leave_soon()  # so that who hears of their ends has heard of this before
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable
 
 from fiber.backends.base import JobState, JobStatus
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.loop import Link, Loop
-from fiber.runtime.orders import JOBS, ORDER, STATUS, STOP, Needs, Told
+from fiber.runtime.orders import ASK, JOBS, ORDER, STATUS, STOP, Held, Needs, Told
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
 
@@ -38,7 +37,7 @@ class Errands:
 
     def order(
         self, backend: str, name: str, needs: Needs, token: str, owner: str, told: Told
-    ) -> Callable[[], object]:
+    ) -> Held:
         """As `Outside.order`."""
         number = next(self._numbers)
         self._told[number] = told
@@ -49,7 +48,11 @@ class Errands:
             if self._told.pop(number, None) is not None:
                 self._link.post(STOP, pickle.dumps((number,)))
 
-        return stop
+        def ask() -> None:
+            if number in self._told:
+                self._link.post(ASK, pickle.dumps((number,)))
+
+        return Held(stop, ask)
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind == STATUS:

@@ -88,6 +88,10 @@ class Jobs:
         ticket.wanted = False
         self._asked.put(("kill", ticket))
 
+    def ask(self, ticket: Ticket) -> None:
+        """Have the manager asked how a job is, which has fallen silent."""
+        self._asked.put(("ask", ticket))
+
     # In the first thread
 
     def _serve(self) -> None:
@@ -98,13 +102,14 @@ class Jobs:
                     requests.append(self._asked.get(timeout=_ALL_AT_ONCE))
             except queue.Empty:
                 pass
-            tickets = {"submit": [], "kill": []}  # type: dict[str, list[Ticket]]
+            tickets = {"submit": [], "kill": [], "ask": []}  # type: dict[str, list[Ticket]]
             for request in requests:
                 if request is not None:
                     tickets[request[0]].append(request[1])
             try:
                 self._submit([ticket for ticket in tickets["submit"] if ticket.wanted])
                 self._kill(tickets["kill"])
+                self._ask(tickets["ask"])
             except Exception as error:  # a defect of a backend, for which nobody shall wait
                 log(ERROR, "a backend failed: %r", error)
                 for ticket in tickets["submit"]:
@@ -137,6 +142,12 @@ class Jobs:
         jobs = [ticket.job for ticket in tickets if ticket.job is not None]
         if jobs and self._backend is not None:
             self._backend.kill(jobs)
+
+    def _ask(self, tickets: Sequence[Ticket]) -> None:
+        """What there is to be heard, the other thread will hear."""
+        jobs = [ticket.job for ticket in tickets if ticket.job is not None]
+        if jobs and self._backend is not None:
+            self._backend.status(jobs)
 
     # In the second thread
 

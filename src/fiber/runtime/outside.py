@@ -30,7 +30,7 @@ from fiber.runtime.gateway import Gateway, Refused
 from fiber.runtime.jobs import Jobs, Ticket
 from fiber.runtime.logs import DEBUG, ERROR, log
 from fiber.runtime.loop import Event, Link
-from fiber.runtime.orders import JOBS, STATUS, STOP, Needs, Told
+from fiber.runtime.orders import ASK, JOBS, STATUS, STOP, Held, Needs, Told
 from fiber.runtime.reach import authenticated, open_directly
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -99,8 +99,8 @@ class Outside:
 
     def order(
         self, backend: str, name: str, needs: Needs, token: str, owner: str, told: Told
-    ) -> Callable[[], object]:
-        """Have a job started whose agent shows `token` at `owner`; return what ends it."""
+    ) -> Held:
+        """Have a job started whose agent shows `token` at `owner`; return what holds it."""
         jobs = self._jobs.get(backend)
         if jobs is None:
             jobs = self._jobs[backend] = Jobs(self.loop, lambda: registry.get(backend))
@@ -112,7 +112,7 @@ class Outside:
             told(status, ticket.job.id if ticket.job is not None else "")
 
         ticket: Ticket = jobs.submit(make, heard)
-        return lambda: jobs.kill(ticket)
+        return Held(lambda: jobs.kill(ticket), lambda: jobs.ask(ticket))
 
     def _spec(self, backend: Backend, name: str, needs: Needs, token: str, owner: str) -> JobSpec:
         """Describe a job; in the thread that submits it."""
@@ -159,13 +159,17 @@ class Outside:
 
     def _serve_jobs(self, link: Link, hello: dict[str, Any]) -> None:
         """A process elsewhere wants to start others: do it for as long as it lives."""
-        ends: dict[int, Callable[[], object]] = {}
+        orders: dict[int, Held] = {}
 
         def on_frame(frame: Frame) -> None:
             try:
                 number, *facts = pickle.loads(frame.body)
-                if frame.kind == STOP:
-                    ends.pop(number, lambda: None)()
+                if frame.kind in (STOP, ASK):
+                    held = orders.get(number)
+                    if held is not None and frame.kind == ASK:
+                        held.ask()
+                    elif held is not None:
+                        orders.pop(number).end()
                     return
                 backend, name, (asked, processes), token, owner = facts
                 needs = (Resources(*asked), int(processes))
@@ -178,12 +182,12 @@ class Outside:
             def told(status: JobStatus, job: str) -> None:
                 link.post(STATUS, pickle.dumps((number, status, job)))
 
-            ends[number] = self.order(backend, name, needs, token, owner, told)
+            orders[number] = self.order(backend, name, needs, token, owner, told)
 
         def on_lost() -> None:
             self._links.discard(link)
-            for end in ends.values():
-                end()
+            for held in orders.values():
+                held.end()
 
         link.on_frame, link.on_lost = on_frame, on_lost
         self._links.add(link)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -32,7 +33,7 @@ from fiber.runtime.agents import (
 )
 from fiber.runtime.logs import INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Loop, Timer
-from fiber.runtime.orders import REFUSED
+from fiber.runtime.orders import REFUSED, Held
 from fiber.wire.framing import Frame
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ _REMINDER = 30.0  # seconds between two reports on jobs that wait
 _CHANGES = 3.0  # seconds between two that differ
 _RETRY = 0.05  # seconds between looks at a stream that takes nothing
 
-Order = Callable[[str, Callable[[JobStatus, str], object]], Callable[[], object]]
-"""Has a job started whose agent will show a token; returns what ends it."""
+Order = Callable[[str, Callable[[JobStatus, str], object]], Held]
+"""Has a job started whose agent will show a token; returns what holds it."""
 
 
 class RemoteAgent(Agent):
@@ -78,7 +79,7 @@ class RemoteAgent(Agent):
         self.on_ending: Callable[[], object] = lambda: None
         self.on_ready: Callable[..., object] = lambda *facts: None
         self.on_gone: Callable[[], object] = lambda: None
-        self._end_job: Callable[[], object] = lambda: None
+        self._held: Held | None = None
         self._endpoint: Endpoint | None = None
         self._token = ""
         self._heard = 0.0
@@ -97,7 +98,7 @@ class RemoteAgent(Agent):
         endpoint.expect(self._token, lambda link, hello: self._arrived(link, hello, data))
         if config.queue_timeout is not None:
             self._fail_in(config.queue_timeout, "waited too long in the queue (queue_timeout)")
-        self._end_job = order(self._token, self._job_changed)
+        self._held = order(self._token, self._job_changed)
 
     def _fail_in(self, seconds: float, reason: str) -> None:
         if self._deadline is not None:
@@ -171,11 +172,22 @@ class RemoteAgent(Agent):
             fd, data = pickle.loads(frame.body)
             self._outlets[fd].write(data)
             return
+        if frame.kind == EXITED and self.ending:
+            self._excuse(*pickle.loads(frame.body)[:2])
         super()._on_frame(frame)
         if frame.kind == ENDING:
             self.on_ending()
         elif frame.kind == EXITED and not self.kept and not self._children:
             self.close()
+
+    def _excuse(self, key: int, code: int) -> None:
+        """A process has ended while its job is being ended: by the signal that was for all of it?
+
+        Slurm sends SIGTERM to every process of a step.
+        """
+        child = self._children.get(key)
+        if child is not None and code == -signal.SIGTERM and child.pid not in self.told:
+            child.blameless = True
 
     def _on_ready(self, facts: dict[str, Any]) -> None:
         if self._deadline is not None:
@@ -194,6 +206,8 @@ class RemoteAgent(Agent):
         if self.status.state is JobState.ENDED:
             self._explain()
         else:
+            if self._held is not None:
+                self._held.ask()
             self._loop.call_later(_DIAGNOSIS, self._explain)
 
     def _explain(self) -> None:
@@ -250,8 +264,9 @@ class RemoteAgent(Agent):
         if self.settled is not None:
             self.settled.set()
         self.on_gone()
-        end_job, self._end_job = self._end_job, lambda: None
-        end_job()
+        held, self._held = self._held, None
+        if held is not None:
+            held.end()
 
     def close(self) -> None:
         self._closing = True

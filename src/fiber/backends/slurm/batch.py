@@ -127,7 +127,7 @@ class Batch:
                 message = "has ended, and Slurm knows nothing of it any more"
                 status = JobStatus(JobState.ENDED, None, "Forgotten", message=message)
             else:
-                status = states.status(row, job.needs, tail(job.log, 5) if _over(row) else "")
+                status = states.status(row, job.needs, tail(job.log, 5) if row.over else "")
             if status.reason in ("Requeued", "Unschedulable"):
                 self._doomed.append(key)
             if status.state is JobState.PENDING and status.reason:
@@ -185,10 +185,6 @@ class Batch:
             if not (_try("scancel", "--full", "--signal=KILL", *some) and _try("scancel", *some)):
                 with self._lock:
                     self._doomed += some
-
-
-def _over(row: states.Row) -> bool:
-    return row.state in ("FAILED", "CANCELLED", "OUT_OF_MEMORY", "TIMEOUT", "NODE_FAIL")
 
 
 def _groups(keys: Sequence[str]) -> list[Sequence[str]]:

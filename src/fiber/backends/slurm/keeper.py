@@ -74,6 +74,7 @@ class Keeper:
         self.key = ""
         self.limit: int | None = None
         self.leaving = False
+        self.ended_by_slurm = False
         self.exceeded = False
         self.input = b""
         self.wake, self.ring = os.pipe()
@@ -102,7 +103,7 @@ class Keeper:
     def on_signal(self, number: int, frame: object) -> None:
         """Handle a signal, at the next step of the interpreter."""
         if number == signal.SIGTERM:
-            self.leaving = True
+            self.leaving = self.ended_by_slurm = True
         elif number == WARNING and self.pid:
             self.leaving = True
             os.kill(self.pid, signal.SIGTERM)
@@ -155,7 +156,8 @@ class Keeper:
             if pid == self.pid:
                 self.pid = 0
                 self.clear()
-                self.say("ended", self.key, status, "OOMKilled" if self.exceeded else "")
+                reason = "OOMKilled" if self.exceeded else "Leaving" if self.ended_by_slurm else ""
+                self.say("ended", self.key, status, reason)
 
     def clear(self) -> None:
         """Kill what a command left behind."""

@@ -20,7 +20,7 @@ from fiber.backends.slurm.states import FIELDS, Row, parse
 __all__ = ["Poller"]
 
 _FIRST = 0.25  # seconds between two questions, at first
-_LAST = 4.0  # in the end: what is heard of an end must come in time to explain it
+_LAST = 20.0  # in the end
 _GROWTH = 1.5
 
 

@@ -27,7 +27,7 @@ __all__ = [
     "waits",
 ]
 
-FIELDS = "JobArrayID:|,JobID:|,State:|,Reason:|,exit_code:|,NodeList:|,RestartCnt:|"
+FIELDS = "JobArrayID:|,JobID:|,State:|,Reason:|,exit_code:|,NodeList:|,RestartCnt:|,PreemptTime:|"
 """What squeue is asked for; see `parse`."""
 
 _WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"})
@@ -74,6 +74,7 @@ class Row(NamedTuple):
         code: of its end, as `os.wait` has it.
         nodes: that it has.
         restarts: how often it was requeued.
+        preempted: whether its place was taken.
     """
 
     key: str
@@ -83,6 +84,12 @@ class Row(NamedTuple):
     code: int
     nodes: str
     restarts: int
+    preempted: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or is about to because another has taken its place."""
+        return self.preempted or self.state not in _WAITING | _RUNNING | _STARTING | _ENDING
 
 
 def parse(text: str) -> list[Row]:
@@ -92,7 +99,7 @@ def parse(text: str) -> list[Row]:
         fields = [field.strip() for field in line.split("|")]
         if len(fields) < 7:
             continue
-        key, job, state, reason, code, nodes, restarts = fields[:7]
+        key, job, state, reason, code, nodes, restarts, preempted = [*fields, ""][:8]
         rows.append(
             Row(
                 key,
@@ -102,6 +109,7 @@ def parse(text: str) -> list[Row]:
                 int(code) if code.isdecimal() else 0,
                 nodes if nodes not in ("None", "N/A") else "",
                 int(restarts) if restarts.isdecimal() else 0,
+                preempted[:1].isdecimal(),  # a time
             )
         )
     return rows
@@ -170,7 +178,7 @@ def verdict(row: Row, needs: Needs, log: str = "") -> JobStatus:
         return ended("TimeLimit", TIME_LIMIT)
     if row.state == "DEADLINE":
         return ended("TimeLimit", "was ended by Slurm, for its deadline had come")
-    if row.state == "PREEMPTED":
+    if row.state == "PREEMPTED" or row.preempted:
         return ended("Preempted", "was preempted by Slurm for a job of higher priority")
     if row.state in ("NODE_FAIL", "BOOT_FAIL"):
         return ended("NodeLost", "was ended by Slurm, for its node failed")

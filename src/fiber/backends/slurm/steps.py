@@ -37,7 +37,7 @@ _END = 3.0  # seconds that keepers have to end when their input does
 _OUTAGE = 120.0  # seconds for which a controller is asked again that was there before
 _AGAIN = 1.0  # seconds
 _WORDS = 16 * 1024  # of srun's standard error, that are kept
-_VERDICT = 5.0  # seconds in which squeue should say how an allocation has ended
+_VERDICT = 4.0  # seconds in which squeue should say how an allocation has ended
 
 _TOO_LARGE = "Requested node configuration is not available"
 _TASKS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
@@ -53,12 +53,14 @@ class Slot:
         job: that it keeps; None if it is free.
         node: that it is on; empty as long as it is not there.
         dead: whether there is no keeper any more.
+        left: when and how its job ended as Slurm sent it SIGTERM, until it is known why.
     """
 
     def __init__(self, job: SlurmJob) -> None:
         self.job: SlurmJob | None = job
         self.node = ""
         self.dead = False
+        self.left: tuple[float, JobStatus] | None = None
 
 
 class Described(NamedTuple):
@@ -81,6 +83,8 @@ class Step:
         said: the end of srun's standard error.
         over: when srun has ended; None while it has not.
         since: when it was first tried.
+        doubted: when squeue was first wanted to say how its allocation has ended.
+        verdict: what it said.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class Step:
         self.overlap = False
         self.since = time.monotonic()
         self.closing = False
+        self.doubted = 0.0
+        self.verdict: JobStatus | None = None
         self.buffers = {process.stdout: b"", process.stderr: b""}
         self.idle_since: float | None = None
 
@@ -170,7 +176,7 @@ class Steps:
     @property
     def idle(self) -> bool:
         """Whether squeue can tell nothing of interest: no allocation of ours waits or has ended."""
-        return not any(step.own and not step.here for step in self._steps)
+        return not any(step.own and (not step.here or step.doubted) for step in self._steps)
 
     # Jobs
 
@@ -373,10 +379,8 @@ class Steps:
                 step.tell(number, "signal", key, int(signal.SIGKILL))
             job.told(JobStatus(JobState.RUNNING, None, "", slot.node))
         elif words[1] == "ended" and words[3].isdecimal():
-            slot.job = None
-            del self._slots[key]
             code = os.waitstatus_to_exitcode(int(words[3]))
-            if words[4]:
+            if words[4] == "OOMKilled":
                 end = JobStatus(JobState.ENDED, code, "OOMKilled", "", states.oom(job.needs))
             elif code < 0:
                 end = JobStatus(JobState.ENDED, code, "Signal", "", f"was ended by signal {-code}")
@@ -384,7 +388,36 @@ class Steps:
                 end = JobStatus(JobState.ENDED, code, "Error", "", f"exit code {code}")
             else:
                 end = JobStatus(JobState.ENDED, 0)
+            if words[4] == "Leaving":
+                slot.left = time.monotonic(), end
+                self._settle(step)
+                return
+            slot.job = None
+            del self._slots[key]
             job.told(end)
+
+    def _end(self, step: Step) -> JobStatus | None:
+        """Return how Slurm has ended a step, if it has and is known to have."""
+        how = states.of_step(step.said, step.needs)
+        if step.own and (step.over is not None or (how is not None and how.reason == "Deleted")):
+            # The allocation may have been taken by another, which squeue knows in a moment.
+            if step.verdict is not None:
+                return step.verdict
+            step.doubted = step.doubted or time.monotonic()
+            self._hurry()
+            return how if time.monotonic() - step.doubted > _VERDICT else None
+        return how
+
+    def _settle(self, step: Step) -> None:
+        """Say how jobs have ended that Slurm sent SIGTERM, as soon as it has said why."""
+        if not any(slot.left is not None and not slot.dead for slot in step.slots):
+            return
+        how = self._end(step)
+        for slot in step.slots:
+            if slot.left is not None and not slot.dead:
+                since, end = slot.left
+                if how is not None or time.monotonic() - since > _VERDICT:
+                    self._lose(slot, how or end)
 
     def _named(self, step: Step, number: int, job: SlurmJob) -> None:
         job.id = f"{step.allocation}.{step.number}/{number}"
@@ -393,6 +426,7 @@ class Steps:
     def _complained(self, step: Step, line: str) -> None:
         """Srun, or Slurm's daemon on a node, says something."""
         step.said = (step.said + line + "\n")[-_WORDS:]
+        self._settle(step)
         queued = _QUEUED.match(line)
         if queued:
             step.allocation = queued[1]
@@ -413,8 +447,10 @@ class Steps:
         if tasks:
             for number in _numbers(tasks[2]):
                 if number < len(step.slots):
-                    how = states.of_step(step.said, step.needs) or _of_task(tasks[3], step.needs)
-                    self._lose(step.slots[number], how)
+                    slot = step.slots[number]
+                    if slot.left is None:
+                        slot.left = time.monotonic(), _of_task(tasks[3], step.needs)
+            self._settle(step)
 
     def _lose(self, slot: Slot, how: JobStatus) -> None:
         slot.dead = True
@@ -429,8 +465,8 @@ class Steps:
         if step.process.stdin is not None:
             with contextlib.suppress(OSError):
                 step.process.stdin.close()
-        how = states.of_step(step.said, step.needs)
         silent = not step.here and commands.is_silence(step.said)
+        how = None
         if silent and not step.closing and self._tries_again(step):
             return
         if step.closing:
@@ -438,8 +474,8 @@ class Steps:
         elif silent:
             words = commands.plain("\n".join(step.said.splitlines()[-2:]))
             message = f"Slurm's controller does not answer: {words}. See `scontrol ping`."
-            how = JobStatus(JobState.ENDED, None, "NotStarted", message=message)
-        elif how is None and "srun: error: Unable to" in step.said:
+            how = JobStatus(JobState.ENDED, None, "Refused", message=message)
+        elif not step.here and "srun: error: Unable to" in step.said:
             if _TOO_LARGE in step.said and len(step.slots) > 1:
                 self._halve(step)
                 return
@@ -448,11 +484,18 @@ class Steps:
                 f"Slurm does not start it: {words}. See the settings that begin with slurm_, and "
                 "cpu_per_job and mem_per_job."
             )
-            how = JobStatus(JobState.ENDED, None, "NotStarted", message=message)
-        if how is not None or not step.own:
+            how = JobStatus(JobState.ENDED, None, "Refused", message=message)
+        if how is not None:
             self._bury(step, how)
         else:
-            self._hurry()
+            self._try_to_bury(step)
+
+    def _try_to_bury(self, step: Step) -> None:
+        """Srun has ended: say how its jobs have, when that is known or will not be any more."""
+        assert step.over is not None
+        how = self._end(step)
+        if how is not None or not step.own or time.monotonic() - step.over > _VERDICT:
+            self._bury(step, how)
 
     def _tries_again(self, step: Step) -> bool:
         """The controller was away: start it anew in a moment, if it has been there before."""
@@ -489,6 +532,7 @@ class Steps:
         for slot in step.slots:
             self._lose(slot, how)
         self._steps.remove(step)
+        self._lock.notify_all()
 
     def update(self, rows: Sequence[states.Row]) -> bool:
         """Take what squeue says. Under the lock; return whether it is new."""
@@ -498,15 +542,12 @@ class Steps:
             row = found.get(step.allocation)
             if row is None and step.own and not step.allocation and len(rows) == 1:
                 row = rows[0]
+            ended = states.verdict(row, step.needs) if row is not None and row.over else None
+            if ended is not None and ended.reason not in ("", "Error", "Signal"):
+                step.verdict = ended
             if step.over is not None:
-                known = row is not None and row.state not in ("RUNNING", "COMPLETING")
-                if known or time.monotonic() - step.over > _VERDICT:
-                    how = states.status(row, step.needs) if row is not None and known else None
-                    cause = how is not None and how.reason not in ("", "Error", "Signal")
-                    self._bury(step, how if cause else None)
-                    new = True
-                else:
-                    self._hurry()
+                self._try_to_bury(step)
+                new = True
             elif row is not None and not step.here:
                 status = states.status(row, step.needs)
                 waits_long = time.monotonic() - step.since > WORTH_TELLING
@@ -534,7 +575,10 @@ class Steps:
                 self._later.remove((when, step))
                 if any(slot.job is not None and not slot.job.ended for slot in step.slots):
                     self._launch(step.described, step.overlap, step.since)
-        for step in self._steps:
+        for step in list(self._steps):
+            self._settle(step)
+            if step.over is not None:
+                self._try_to_bury(step)
             if step.over is not None or step.closing or any(slot.job for slot in step.slots):
                 step.idle_since = None
             elif step.idle_since is None:
