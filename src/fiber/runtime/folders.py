@@ -253,6 +253,10 @@ class Janitor:
 
 
 def _main(folder: str) -> None:
+    import signal
+
+    # Slurm sends it to all that is in a job: then this is the one who has something to do.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         fd = os.open(os.path.join(folder, SECRET_FILE), os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:  # the session ended meanwhile

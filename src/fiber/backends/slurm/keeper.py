@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 WARNING = 23  # SIGURG: the time of the allocation is nearly up
 LOOK = 0.5  # seconds between two looks at the memory of what runs
+PATIENCE = 1.5  # seconds that a command has to end when the master is gone
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -218,6 +219,12 @@ class Keeper:
                     self.obey(line.decode())
             if self.pid and self.limit and not self.exceeded:
                 self.look(self.limit << 20)
+        # An agent finds out by itself that its master is gone, and clears up.
+        end = time.monotonic() + PATIENCE
+        while self.pid and time.monotonic() < end:
+            if select.select([self.wake], [], [], 0.1)[0]:
+                os.read(self.wake, 4096)
+            self.reap()
         if self.pid:
             kill(self.pid)
             os.waitpid(self.pid, 0)
