@@ -4,8 +4,8 @@
     rows of squeue ─► update ─► SlurmJob
     terminate, kill ─► one scancel for all
 
-The script becomes the command of its job, so that a signal for the batch shell is one for the
-agent and for nobody else.
+The script becomes a keeper, which runs the command and passes on to it, and to nobody else, what
+Slurm sends as a warning.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What runs on a node: it starts the command of a job, and may keep it.
 
-    batch job:  keeper.py run FILE  ─► reads its description ─► becomes the command
+    batch job:  keeper.py run FILE  ─► reads its description ─► starts the command, ends as it does
     step:       keeper.py keep FILE ─► starts it ◄── lines of srun's standard input, for all tasks
                                         └────────► lines of its standard output: what became of it
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -56,12 +57,49 @@ def execute(command: list[str], environment: dict[str, str]) -> str:
 
 
 def run(path: str) -> NoReturn:
-    """Become the command of a batch job."""
+    """Run the command of a batch job, and end as it does.
+
+    Slurm's warning is a signal for the process group of this one. The command has a group of its
+    own, or an agent and its processes would all be hit by what is for the agent.
+    """
     if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         sys.exit("fiber: this job was requeued, and another has taken its place")
     command, environment, _, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
-    print("fiber: " + execute(command, environment), file=sys.stderr)
-    sys.exit(127)
+    libc = library()
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setpgid(0, 0)
+            if libc is not None:
+                libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            print("fiber: " + execute(command, environment), file=sys.stderr, flush=True)
+        finally:
+            os._exit(127)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def library() -> Any:
+    """Return the C library, None if there is no way to call it."""
+    try:
+        import ctypes
+
+        return ctypes.CDLL(None)
+    except Exception:
+        return None
 
 
 class Keeper:
@@ -85,14 +123,9 @@ class Keeper:
         for number in (signal.SIGCHLD, signal.SIGTERM, WARNING):
             signal.signal(number, self.on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.libc: Any = None
-        try:
-            import ctypes
-
-            self.libc = ctypes.CDLL(None)
+        self.libc = library()
+        if self.libc is not None:
             self.libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what is orphaned is ours
-        except Exception:
-            pass  # no such thing here: then orphans are Slurm's
 
     def say(self, *words: object) -> None:
         data = "\t".join([self.me, *map(str, words)]) + "\n"
