@@ -78,6 +78,7 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 # Which one.
@@ -127,15 +128,28 @@ def test_in_a_pod_without_the_extra_two_cures_are_named(
     assert registry.chosen() == "local"
 
 
+def test_an_allocation_is_detected(
+    no_pod: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert registry.chosen() == "local"  # a container in an allocation, without Slurm's commands
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    assert registry.chosen() == "slurm"
+    fiber.config.backend = "local"
+    assert registry.chosen() == "local"
+
+
 # What is said.
 
 
 def test_an_unknown_name_is_told_with_what_there_is(install: Install) -> None:
     install(nimbus="Backend")
     with pytest.raises(ConfigError) as caught:
-        registry.check("slurm2")
+        registry.check("cumulus")
     assert str(caught.value) == (
-        "There is no backend 'slurm2' (from code): there are local, docker, kubernetes, nimbus."
+        "There is no backend 'cumulus' (from code): there are local, docker, kubernetes, slurm, nimbus."
     )
     with pytest.raises(ConfigError, match="did you mean 'nimbus'"):
         registry.check("Nimbos")
@@ -278,7 +292,7 @@ for name in ("nimbus", "other"):
             "The backend 'nimbus', which this process was started by, is not installed here: only "
             "its parent can use it."
         ),
-        "There is no backend 'other' (from code): there are local, docker, kubernetes.",
+        "There is no backend 'other' (from code): there are local, docker, kubernetes, slurm.",
     ], done.stderr
 
 

@@ -163,6 +163,10 @@ class Site(ABC):
     def nowhere(self) -> dict[str, str]:
         """Return further settings, with which the engine is looked for where there is none."""
 
+    def wrong(self) -> dict[str, str]:
+        """Return further settings, with which there is no Python: it is said to be in "nothing"."""
+        return {"FIBER_IMAGE": "nobody/nothing:1"}
+
     @abstractmethod
     def packages(self) -> dict[str, str]:
         """Return further settings, with which jobs have the packages of these tests."""
@@ -383,6 +387,9 @@ class Slurm(Site):
             "NodeName=node1 CPUs=1\nPartitionName=main Nodes=ALL Default=YES\n"
         )
         return {"SLURM_CONF": str(path)}
+
+    def wrong(self) -> dict[str, str]:
+        return {"FIBER_SLURM_PYTHON": "/nobody/nothing:1"}
 
     def packages(self) -> dict[str, str]:
         return {"FIBER_SLURM_PYTHON": self._python("full", sys.executable)}

@@ -236,7 +236,7 @@ class _Life:
             self._home.kill(mine)
         else:
             self._home.close()
-        clean = self._cancel() if self._needs_cancel() else True
+        clean = not self._home.answered or self._cancel()
         self.poller.close()
         for job in self._jobs:
             job.tidy(self.keep_logs)
@@ -245,9 +245,6 @@ class _Life:
             self._janitor.dismiss()
         else:
             self._janitor.leave()
-
-    def _needs_cancel(self) -> bool:
-        return isinstance(self._home, Batch) or not os.environ.get("SLURM_JOB_ID")
 
     def _cancel(self) -> bool:
         """Cancel what is left; return whether that was possible."""

@@ -58,7 +58,8 @@ class Batch:
         self._jobs: dict[str, SlurmJob] = {}  # by what squeue calls them; not those that ended
         self._since: dict[str, float] = {}
         self._doomed: list[str] = []
-        self._answered = False
+        self.answered = False
+        """Whether the controller has accepted anything."""
 
     @property
     def idle(self) -> bool:
@@ -104,14 +105,14 @@ class Batch:
                     "settings that begin with slurm_, and cpu_per_job and mem_per_job."
                 ) from error
             except commands.Away as error:
-                if time.monotonic() > deadline or self._closed() or not self._answered:
+                if time.monotonic() > deadline or self._closed() or not self.answered:
                     raise StartError(
                         f"Slurm's controller does not answer: {commands.plain(str(error))}. See "
                         "`scontrol ping`."
                     ) from error
                 time.sleep(_AGAIN)
             else:
-                self._answered = True
+                self.answered = True
                 return told.strip().partition(";")[0]  # JOB;CLUSTER where there are several
 
     def update(self, rows: Sequence[states.Row]) -> bool:

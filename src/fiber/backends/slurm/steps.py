@@ -168,7 +168,8 @@ class Steps:
         os.set_blocking(self._ring, False)
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._later: list[tuple[float, Step]] = []
-        self._answered = False
+        self.answered = False
+        """Whether Slurm has given us an allocation, or room in one."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fiber-slurm-steps", daemon=True)
         self._thread.start()
@@ -362,7 +363,7 @@ class Steps:
         number = int(words[0])
         slot = step.slots[number]
         if words[1] == "here":
-            self._answered = True
+            self.answered = True
             step.allocation, step.number, slot.node = words[2], words[3], words[4] or "?"
             if slot.job is not None:
                 self._named(step, number, slot.job)
@@ -429,7 +430,7 @@ class Steps:
         self._settle(step)
         queued = _QUEUED.match(line)
         if queued:
-            step.allocation = queued[1]
+            step.allocation, self.answered = queued[1], True
         busy = _BUSY.match(line)
         if busy:
             waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
@@ -449,7 +450,7 @@ class Steps:
                 if number < len(step.slots):
                     slot = step.slots[number]
                     if slot.left is None:
-                        slot.left = time.monotonic(), _of_task(tasks[3], step.needs)
+                        slot.left = time.monotonic(), _of_task(tasks[3], step)
             self._settle(step)
 
     def _lose(self, slot: Slot, how: JobStatus) -> None:
@@ -500,7 +501,7 @@ class Steps:
     def _tries_again(self, step: Step) -> bool:
         """The controller was away: start it anew in a moment, if it has been there before."""
         now = time.monotonic()
-        if not self._answered or now - step.since > _OUTAGE:
+        if not self.answered or now - step.since > _OUTAGE:
             return False
         self._steps.remove(step)
         for slot in step.slots:
@@ -644,10 +645,13 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _of_task(words: str, needs: Needs) -> JobStatus:
+def _of_task(words: str, step: Step) -> JobStatus:
     """Return how a task has ended, in the words of srun."""
     if "Out Of Memory" in words:
-        return JobStatus(JobState.ENDED, None, "OOMKilled", message=states.oom(needs))
+        return JobStatus(JobState.ENDED, None, "OOMKilled", message=states.oom(step.needs))
     if "Killed" in words:
         return JobStatus(JobState.ENDED, -9, "Signal", message="its keeper was killed")
-    return JobStatus(JobState.ENDED, None, "KeeperEnded", message=f"its keeper ended: {words}")
+    said = [line for line in step.said.splitlines() if not _TASKS.match(line)]
+    why = commands.plain("\n".join(said[-2:]))
+    message = f"its keeper ended: {words}" + (f": {why}" if why else "")
+    return JobStatus(JobState.ENDED, None, "KeeperEnded", message=message)
