@@ -149,7 +149,8 @@ def test_an_unknown_name_is_told_with_what_there_is(install: Install) -> None:
     with pytest.raises(ConfigError) as caught:
         registry.check("cumulus")
     assert str(caught.value) == (
-        "There is no backend 'cumulus' (from code): there are local, docker, kubernetes, slurm, nimbus."
+        "There is no backend 'cumulus' (from code): there are local, docker, kubernetes, slurm, "
+        "nimbus."
     )
     with pytest.raises(ConfigError, match="did you mean 'nimbus'"):
         registry.check("Nimbos")

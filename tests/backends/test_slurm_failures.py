@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.backends.slurm_cluster import probe, slurm, until
-from tests.elsewhere.sites import SITES, Program, Slurm, SlurmPool
+from tests.elsewhere.sites import Program
+from tests.elsewhere.slurm_sites import SLURM_SITES, Slurm, SlurmPool
 
 CONF = os.environ.get("SLURM_CONF", "")
 BASE = Path(CONF).parent.parent
@@ -55,9 +56,7 @@ def site(
     tmp_path: Path,
 ) -> Iterator[Slurm]:
     engine("slurm", probe)
-    kind = SITES[request.param]
-    assert issubclass(kind, Slurm)
-    site = kind(tmp_path)
+    site = SLURM_SITES[request.param](tmp_path)
     yield site
     site.close()
     site.leaves_nothing()

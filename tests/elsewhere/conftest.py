@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tests.elsewhere.kubernetes_sites import KUBERNETES_SITES
 from tests.elsewhere.sites import SITES, Site
+from tests.elsewhere.slurm_sites import SLURM_SITES
 
-ALL_SITES = {**SITES, **KUBERNETES_SITES}
+ALL_SITES = {**SITES, **KUBERNETES_SITES, **SLURM_SITES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.elsewhere.sites import IMAGE, PROGRAMS, Site
+from tests.elsewhere.sites import PROGRAMS, Site
 
 
 def test_all_methods_work(site: Site) -> None:
