@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--image", help="of a stock Python; for containers and pods")
     parser.add_argument("--options", default="", help="further options of sbatch and srun")
+    parser.add_argument("--only", default="", help="kinds whose names contain this, and bare ones")
     options = parser.parse_args()
     workers = options.workers
     fiber.init(image=options.image, cpu_per_job=1, slurm_options=options.options)
@@ -159,6 +160,11 @@ def main() -> None:
         kinds["bare"] = lambda: bare(workers, options.image)
         kinds["Pool, a job for each worker"] = lambda: pool(options.backend, workers, 1)
         kinds["Pool, ten workers in a job"] = lambda: pool(options.backend, workers, 10)
+    kinds = {
+        kind: measure
+        for kind, measure in kinds.items()
+        if kind.startswith("bare") or options.only in kind
+    }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind, measure in kinds.items():
