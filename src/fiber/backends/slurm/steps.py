@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import selectors
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from fiber.backends.base import JobSpec, JobState, JobStatus
-from fiber.backends.slurm import commands, detect, options, states
+from fiber.backends.slurm import commands, detect, options, srun, states
 from fiber.backends.slurm.jobs import WORTH_TELLING, New, SlurmJob
 from fiber.backends.slurm.options import Needs
 from fiber.backends.slurm.shared import Shared
+from fiber.backends.slurm.srun import Described, Slot, Step, cpus, numbers, of_task
 from fiber.errors import StartError
 
 __all__ = ["Steps"]
@@ -38,97 +38,6 @@ _OUTAGE = 120.0  # seconds for which a controller is asked again that was there 
 _AGAIN = 1.0  # seconds
 _WORDS = 16 * 1024  # of srun's standard error, that are kept
 _VERDICT = 4.0  # seconds in which squeue should say how an allocation has ended
-
-_TOO_LARGE = "Requested node configuration is not available"
-_TASKS = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.+)$")
-_NODE = re.compile(r"^srun: error: Node failure on (\S+)")
-_BUSY = re.compile(r"^srun: (?:error: )?Job \d+ step creation temporarily disabled.*?\((.*)\)")
-_QUEUED = re.compile(r"^srun: job (\d+) queued and waiting for resources")
-
-
-class Slot:
-    """A task of a step.
-
-    Attributes:
-        job: that it keeps; None if it is free.
-        node: that it is on; empty as long as it is not there.
-        dead: whether there is no keeper any more.
-        left: when and how its job ended as Slurm sent it SIGTERM, until it is known why.
-    """
-
-    def __init__(self, job: SlurmJob) -> None:
-        self.job: SlurmJob | None = job
-        self.node = ""
-        self.dead = False
-        self.left: tuple[float, JobStatus] | None = None
-
-
-class Described(NamedTuple):
-    """Jobs that a file in the shared folder describes, from a place in it on."""
-
-    path: str
-    jobs: Sequence[SlurmJob]
-    place: int
-
-
-class Step:
-    """One srun. All of it under the lock.
-
-    Attributes:
-        needs: of each task.
-        described: what it was begun with.
-        slots: its tasks.
-        allocation: the job that it is a step of, as far as is known.
-        own: whether the allocation is its own.
-        said: the end of srun's standard error.
-        over: when srun has ended; None while it has not.
-        since: when it was first tried.
-        doubted: when squeue was first wanted to say how its allocation has ended.
-        verdict: what it said.
-    """
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], needs: Needs, described: Described, own: bool
-    ) -> None:
-        self.process = process
-        self.needs = needs
-        self.described = described
-        self.slots = [Slot(job) for job in described.jobs]
-        self.allocation = ""
-        self.number = ""
-        self.own = own
-        self.said = ""
-        self.over: float | None = None
-        self.overlap = False
-        self.since = time.monotonic()
-        self.closing = False
-        self.doubted = 0.0
-        self.verdict: JobStatus | None = None
-        self.buffers = {process.stdout: b"", process.stderr: b""}
-        self.idle_since: float | None = None
-
-    @property
-    def here(self) -> bool:
-        """Whether its tasks have begun."""
-        return any(slot.node for slot in self.slots)
-
-    def tell(self, *words: object) -> None:
-        """Say something to the keepers, who listen as soon as they are there."""
-        assert self.process.stdin is not None
-        line = "\t".join(map(str, words)) + "\n"
-        with contextlib.suppress(OSError, ValueError):  # it has ended, and that will be noticed
-            self.process.stdin.write(line.encode())
-            self.process.stdin.flush()
-
-    def close(self) -> None:
-        """Let the keepers end, and srun with them."""
-        self.closing = True
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        if not self.here:  # nobody reads that yet
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
 
 
 class Steps:
@@ -232,7 +141,7 @@ class Steps:
         """
         if not self._allocation:
             return count, False
-        nodes = _cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+        nodes = cpus(os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
         most = sum(cpus // wanted.cpus for cpus in nodes)
         if not nodes:
             return count, detect.in_step()
@@ -428,29 +337,29 @@ class Steps:
         """Srun, or Slurm's daemon on a node, says something."""
         step.said = (step.said + line + "\n")[-_WORDS:]
         self._settle(step)
-        queued = _QUEUED.match(line)
+        queued = srun.QUEUED.match(line)
         if queued:
             step.allocation, self.answered = queued[1], True
-        busy = _BUSY.match(line)
+        busy = srun.BUSY.match(line)
         if busy:
             waiting = [slot.job for slot in step.slots if slot.job and not slot.job.ended]
             message = f"{len(waiting)} tasks wait for resources of Slurm job {step.allocation}"
             waits = JobStatus(JobState.PENDING, None, "Resources", "", f"{message}: {busy[1]}")
             for job in waiting:
                 job.told(waits)
-        node = _NODE.match(line)
+        node = srun.NODE.match(line)
         if node:
             lost = JobStatus(JobState.ENDED, None, "NodeLost", node[1], "its node failed")
             for slot in step.slots:
                 if slot.node == node[1]:
                     self._lose(slot, lost)
-        tasks = _TASKS.match(line)
+        tasks = srun.TASKS.match(line)
         if tasks:
-            for number in _numbers(tasks[2]):
+            for number in numbers(tasks[2]):
                 if number < len(step.slots):
                     slot = step.slots[number]
                     if slot.left is None:
-                        slot.left = time.monotonic(), _of_task(tasks[3], step)
+                        slot.left = time.monotonic(), of_task(tasks[3], step)
             self._settle(step)
 
     def _lose(self, slot: Slot, how: JobStatus) -> None:
@@ -477,7 +386,7 @@ class Steps:
             message = f"Slurm's controller does not answer: {words}. See `scontrol ping`."
             how = JobStatus(JobState.ENDED, None, "Refused", message=message)
         elif not step.here and "srun: error: Unable to" in step.said:
-            if _TOO_LARGE in step.said and len(step.slots) > 1:
+            if srun.TOO_LARGE in step.said and len(step.slots) > 1:
                 self._halve(step)
                 return
             words = commands.plain("\n".join(step.said.splitlines()[-4:]))
@@ -623,35 +532,3 @@ class Steps:
         self._selector.close()
         os.close(self._bell)
         os.close(self._ring)
-
-
-def _cpus(text: str) -> list[int]:
-    """Return the CPUs of each node, of what Slurm says as "2(x3),1"."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match:
-            found += [int(match[1])] * int(match[2] or 1)
-    return found
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the numbers of a list such as "0-2,5"."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if first.isdecimal():
-            found += range(int(first), int(last if last.isdecimal() else first) + 1)
-    return found
-
-
-def _of_task(words: str, step: Step) -> JobStatus:
-    """Return how a task has ended, in the words of srun."""
-    if "Out Of Memory" in words:
-        return JobStatus(JobState.ENDED, None, "OOMKilled", message=states.oom(step.needs))
-    if "Killed" in words:
-        return JobStatus(JobState.ENDED, -9, "Signal", message="its keeper was killed")
-    said = [line for line in step.said.splitlines() if not _TASKS.match(line)]
-    why = commands.plain("\n".join(said[-2:]))
-    message = f"its keeper ended: {words}" + (f": {why}" if why else "")
-    return JobStatus(JobState.ENDED, None, "KeeperEnded", message=message)
