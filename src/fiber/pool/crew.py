@@ -145,7 +145,7 @@ class Foreman(Protocol):
         """A worker that is up sent a frame."""
 
     def worker_lost(self, worker: Worker) -> None:
-        """A worker hung up; it will be down soon."""
+        """A worker hung up, or was asked to end; it takes no more and will be down soon."""
 
     def worker_down(self, worker: Worker) -> None:
         """A worker that was up has ended, and all that it sent was told."""
@@ -277,6 +277,7 @@ class Crew:
         """A job elsewhere is being ended: its workers finish what they have, others take over."""
         for worker in list(self.workers.values()):
             if worker.child.agent is agent and not worker.stopping:
+                self._foreman.worker_lost(worker)  # what came after STOP would not be read
                 worker.stop()
         self.recruit()
 

@@ -184,6 +184,7 @@ class Agent:
                 client.link.flush()
         if not self.processes:
             for client in self.clients:
+                client.link.flush()  # how the last process has ended may not be sent yet
                 client.link.channel.deliver(_LAST_WORDS)
                 client.link.close()
             self.leave()

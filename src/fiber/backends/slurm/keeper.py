@@ -59,14 +59,15 @@ def execute(command: list[str], environment: dict[str, str]) -> str:
 def run(path: str) -> NoReturn:
     """Run the command of a batch job, and end as it does.
 
-    Slurm's warning is a signal for the process group of this one. The command has a group of its
-    own, or an agent and its processes would all be hit by what is for the agent.
+    Slurm's warning reaches all processes of the job, and only this one knows what it means: it has
+    the command end, and an agent's processes finish what they are at. The command has a group of
+    its own, so that what is for the group of this one does not reach those either.
     """
     if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         sys.exit("fiber: this job was requeued, and another has taken its place")
     command, environment, _, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
     libc = library()
-    signals = {signal.SIGTERM, signal.SIGINT}
+    signals = {signal.SIGTERM, signal.SIGINT, WARNING}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = os.fork()
     if pid == 0:
@@ -80,7 +81,8 @@ def run(path: str) -> NoReturn:
         finally:
             os._exit(127)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
+    for number in (signal.SIGTERM, WARNING):
+        signal.signal(number, lambda *_: os.kill(pid, signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)

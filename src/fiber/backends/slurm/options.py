@@ -15,10 +15,10 @@ from fiber.backends.base import JobSpec
 from fiber.backends.slurm.commands import arguments
 from fiber.config import config
 
-__all__ = ["Needs", "batch", "needs", "step"]
+__all__ = ["WARNING_SIGNAL", "Needs", "batch", "needs", "step"]
 
 WARNING_SIGNAL = 23
-"""SIGURG: who does not know it ignores it, so that only a keeper takes it for a warning."""
+"""SIGURG. Slurm sends it to every process of a job or step; who does not know it ignores it."""
 _WARNING = 30  # seconds before its time is up that a job is told
 
 
@@ -63,7 +63,7 @@ def batch(name: str, wanted: Needs, log: str, count: int) -> list[str]:
         ("open-mode", "append"),
         # Fiber starts another job in its place, and who had its tasks is told at once.
         ("no-requeue", ""),
-        ("signal", f"B:TERM@{_WARNING}"),
+        ("signal", f"B:{WARNING_SIGNAL}@{_WARNING}"),
         *_of_allocation(),
     ]
     return [*arguments(options), *config.slurm_options]
