@@ -58,6 +58,16 @@ def test_the_defaults() -> None:
         "kubernetes_template": None,
         "kubernetes_relay": "auto",
         "kubernetes_pull_policy": None,
+        "slurm_mode": "auto",
+        "slurm_partition": None,
+        "slurm_account": None,
+        "slurm_qos": None,
+        "slurm_time": None,
+        "slurm_constraint": None,
+        "slurm_options": [],
+        "slurm_python": None,
+        "slurm_folder": "~/.fiber",
+        "slurm_log_folder": None,
     }
     assert Config().source("retries") == "default"
 
