@@ -145,10 +145,10 @@ def master_image() -> str:
     name = f"local/fiber-master:{VERSION}"
     here = ["docker", "image", "inspect", name]
     if subprocess.run(here, check=False, capture_output=True).returncode != 0:
-        recipe = f"FROM {IMAGE}\nRUN pip install --quiet kubernetes cryptography\n"
+        recipe = f"FROM {IMAGE}\nRUN pip install --quiet cloudpickle cryptography kubernetes\n"
         _run(["docker", "build", "--quiet", "--tag", name, "-"], recipe, 300)
         # The first node is this Docker; the others have their own.
-        _run([str(BEDS / "kubernetes" / "load.sh"), name], "", 120)
+        _run(["bash", str(BEDS / "kubernetes" / "load.sh"), name], "", 120)
     return name
 
 
