@@ -117,13 +117,23 @@ def new_namespace() -> Iterator[Namespace]:
     """Make a namespace, and delete it with all that is in it."""
     name = f"fiber-test-{os.urandom(4).hex()}"
     core().create_namespace({"metadata": {"name": name}})
-    until(lambda: takes_pods(name), f"the service account of {name} is there")
     try:
+        until(lambda: takes_pods(name), f"the service account of {name} is there")
         yield Namespace(name)
     finally:
-        core().delete_collection_namespaced_pod(name, grace_period_seconds=0)
-        core().delete_namespace(name)
+        # Again if need be: the API server may be away just now.
+        until(lambda: _deleted(name), f"the namespace {name} is deleted")
         core().api_client.rest_client.pool_manager.clear()  # no connection is left open
+
+
+def _deleted(namespace: str) -> bool:
+    """Have a namespace deleted with all that is in it; return whether that was accepted."""
+    try:
+        core().delete_collection_namespaced_pod(namespace, grace_period_seconds=0)
+        core().delete_namespace(namespace)
+    except Exception:  # `until` fails if it stays so
+        return False
+    return True
 
 
 def apply_rights(namespace: Namespace) -> None:
