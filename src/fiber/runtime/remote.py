@@ -88,6 +88,7 @@ class RemoteAgent(Agent):
         self._deadline: Timer | None = None
         self._beat: Timer | None = None
         self._closing = False
+        self._leaves = False  # by itself: what its manager says of that is worth telling
         self._outlets = {1: _Outlet(loop, 0), 2: _Outlet(loop, 1)}
 
     def begin(self, order: Order, endpoint: Endpoint, preparation: Mapping[str, Any]) -> None:
@@ -178,7 +179,7 @@ class RemoteAgent(Agent):
         if frame.kind == ENDING:
             self.on_ending()
         elif frame.kind == EXITED and not self.kept and not self._children:
-            self.close()
+            self.dismiss()
 
     def _excuse(self, key: int, code: int) -> None:
         """A process has ended while its job is being ended: by the signal that was for all of it?
@@ -253,7 +254,8 @@ class RemoteAgent(Agent):
         self._post(DIAL, (token, path))
 
     def _fail(self, error: str) -> None:
-        if self.error is None and self._children and not self._closing and self.ready.is_set:
+        told = self._leaves or (self._children and self.ready.is_set)
+        if self.error is None and told and not self._closing:
             log(WARNING, "%s %s", self.name, error)
         if self._endpoint is not None:
             self._endpoint.forget(self._token)
@@ -267,6 +269,17 @@ class RemoteAgent(Agent):
         held, self._held = self._held, None
         if held is not None:
             held.end()
+
+    def dismiss(self) -> None:
+        """Let it end, for nobody needs it.
+
+        One that was asked to end by others, by its manager perhaps, is doing so: it is not
+        forgotten before it is known why.
+        """
+        if self.ending and self._link is not None and not self._link.lost:
+            self._leaves = True
+        else:
+            self.close()
 
     def close(self) -> None:
         self._closing = True
