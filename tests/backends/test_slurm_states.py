@@ -104,6 +104,17 @@ def test_ends_of_steps_are_known_by_what_srun_says(said: str, reason: int | None
     assert (how and how.reason) == (None if reason is None else reasons[reason])
 
 
+def test_a_step_that_srun_gave_up_says_why() -> None:
+    cancelled = "slurmstepd: error: *** STEP 5.0 ON node1 CANCELLED AT 2026-11-26T04:50:47 ***"
+    task = "srun: error: node1: tasks 0-3: Terminated"
+    plain = states.of_step(f"{cancelled}\n{task}\n", NEEDS)
+    told = states.of_step(f"srun: error: Socket timed out\n{cancelled}\n{task}\n", NEEDS)
+    assert plain is not None
+    assert plain.message == "was cancelled (scancel, or an administrator)"
+    assert told is not None
+    assert told.message == f"{plain.message}: Socket timed out"
+
+
 def test_many_that_wait_are_one_sentence() -> None:
     said = states.waits("12_0", "Priority", 8, 20)
     assert said == "8 of 20 Slurm jobs wait: Priority, others come first"

@@ -29,6 +29,7 @@ class Slurm(Site):
     kind = "Slurm job"
     image = "the Python of slurm jobs"
     mode = "batch"
+    lag = 10.0
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

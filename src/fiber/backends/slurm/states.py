@@ -202,6 +202,7 @@ def oom(needs: Needs) -> str:
 
 
 _ENDED_BY = re.compile(r"\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?")
+_ERROR = re.compile(r"^srun: error: (?!\S+: tasks? [\d,-]+: )(.+)$", re.MULTILINE)
 _LOST = {
     "TIME LIMIT": ("TimeLimit", TIME_LIMIT),
     "PREEMPTION": ("Preempted", "was preempted by Slurm for a job of higher priority"),
@@ -217,6 +218,9 @@ def of_step(said: str, needs: Needs) -> JobStatus | None:
     if found is not None:
         unnamed = ("Deleted", "was cancelled (scancel, or an administrator)")
         reason, message = _LOST.get((found[1] or "").strip(), unnamed)
+        errors = _ERROR.findall(said)
+        if reason == "Deleted" and errors:  # srun itself may have given it up
+            message = f"{message}: {'; '.join(errors[-2:])}"
         return JobStatus(JobState.ENDED, None, reason, message=message)
     if "Job allocation" in said and "has been revoked" in said:
         return JobStatus(JobState.ENDED, None, "Deleted", message="was cancelled in the queue")
