@@ -21,6 +21,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 WARNING = 23  # SIGURG: the time of the allocation is nearly up
@@ -29,6 +30,8 @@ PATIENCE = 1.5  # seconds that a command has to end when the master is gone
 RECORD = "FIBER_INTERNAL_MEMORY_RECORD"
 """The variable by which an agent is told where it is written how often a process was killed."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
+LISTED = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+"""Whether the kernel lists the children of a process: all processes of a large node are many."""
 
 
 def describe(path: str, number: int) -> tuple[list[str], dict[str, str], dict[str, Any]]:
@@ -212,7 +215,7 @@ class Keeper:
     def clear(self) -> None:
         """Kill what a command left behind."""
         for _ in range(50):
-            found = [pid for pid, (parent, _) in processes().items() if parent == os.getpid()]
+            found = [pid for pid, parent in parents().items() if parent == os.getpid()]
             if not found:
                 return
             for pid in found:
@@ -239,16 +242,15 @@ class Keeper:
 
         Of several processes that share a job, it is the one that has used the most.
         """
-        table = processes()
-        tree = family(self.pid, table)
-        if sum(table[pid][1] for pid in tree if pid in table) <= limit:
+        tree = family(self.pid)
+        if sum(map(resident, tree)) <= limit:
             return
         used = {pid: proportional(pid) for pid in tree}  # pages that they share count once
         if sum(used.values()) <= limit:
             return
-        parts = [family(pid, table) for pid in tree if table.get(pid, (0, 0))[0] == self.pid]
+        parts = [family(pid) for pid, parent in parents().items() if parent == self.pid]
         if self.shared and len(parts) > 1:
-            tree = max(parts, key=lambda part: sum(used[pid] for pid in part))
+            tree = max(parts, key=lambda part: sum(used.get(pid, 0) for pid in part))
             self.kills += 1
             self.note(limit >> 20)
         else:
@@ -307,31 +309,52 @@ def kill(pid: int) -> None:
         pass
 
 
-def processes() -> dict[int, tuple[int, int]]:
-    """Return parent and bytes in memory of all processes, by process ID."""
+def parents() -> dict[int, int]:
+    """Return the parents of all processes."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
+                    found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
             except OSError:
-                continue
-            if fields[0] != b"Z":
-                found[int(name)] = int(fields[1]), int(fields[21]) * PAGE
-            else:
-                found[int(name)] = int(fields[1]), 0
+                pass  # it has ended
     return found
 
 
-def family(pid: int, table: dict[int, tuple[int, int]]) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the children of a process, as far as the kernel tells."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # it has ended
+    return found
+
+
+def family(pid: int) -> list[int]:
     """Return a process and its descendants."""
+    of: Callable[[int], list[int]] = children
+    if not LISTED:
+        table = parents()
+        of = lambda parent: [child for child, its in table.items() if its == parent]  # noqa: E731
     found, todo = [], [pid]
     while todo:
         pid = todo.pop()
         found.append(pid)
-        todo += [child for child, (parent, _) in table.items() if parent == pid]
+        todo += of(pid)
     return found
+
+
+def resident(pid: int) -> int:
+    """Return the bytes in memory of a process."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * PAGE
+    except OSError:
+        return 0
 
 
 def proportional(pid: int) -> int:
