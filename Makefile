@@ -21,8 +21,8 @@ help:  ## Show this list
 demo: $(VENV)/.demo-$(SUM)  ## Train a controller with a Pool and plot what it learned
 	$(BIN)/python examples/evolution.py
 
-# Where there is no Docker engine or no Kubernetes cluster (KUBECONFIG), their tests are skipped;
-# with FIBER_TEST_ENGINES=docker,kubernetes they fail instead.
+# Where there is no Docker engine, Kubernetes cluster (KUBECONFIG) or Slurm cluster (SLURM_CONF), their
+# tests are skipped; with FIBER_TEST_ENGINES=docker,kubernetes,slurm they fail instead.
 test: lint setup  ## Check style and types, then run the tests (PYTEST_ARGS="-m 'not slow'" for fewer)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -127,7 +127,7 @@ def fail(site: Slurm) -> Iterator[Callable[[str], None]]:
             start_new_session=True,
         )
         slurm("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
-        until(functools.partial(_is_idle, name), f"{name} is back", 60)
+        until(functools.partial(_is_back, name), f"{name} is back", 60)
 
 
 def _node_of(process: psutil.Process) -> str:
@@ -136,8 +136,9 @@ def _node_of(process: psutil.Process) -> str:
     return ""
 
 
-def _is_idle(node: str) -> bool:
-    return slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%T").split()[0] == "idle"
+def _is_back(node: str) -> bool:
+    state = slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%T").split()[0]
+    return state in ("idle", "mixed", "allocated")
 
 
 def _node(site: Slurm) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from tests.backends import kubernetes_cluster as cluster
 from tests.backends.kubernetes_cluster import core
-from tests.elsewhere.sites import PATIENCE, ROOT, Program, Site, until
+from tests.elsewhere.sites import CORE, PATIENCE, ROOT, Program, Site, until
 
 _NOT_BEGUN, _NOT_FOUND = 400, 404
 
@@ -163,19 +163,11 @@ class Relay(Kubernetes):
     """Pods of a master that only the API server leads to."""
 
     name = "kubernetes-relay"
-    only = frozenset(
-        {
-            "test_all_methods_work",
-            "test_large_arguments_and_results",
-            "test_a_pool_in_a_worker_of_a_pool",
-            "test_served_objects",
-            "test_pipes",
-            "test_managers",
-            "test_workers_that_are_taken_away_cost_no_result",
-            "test_the_death_of_who_has_something_is_told_to_who_wants_it",
-            "test_a_master_that_is_killed_leaves_nothing",
-        }
-    )
+    only = CORE | {
+        "test_large_arguments_and_results",
+        "test_pipes",
+        "test_the_death_of_who_has_something_is_told_to_who_wants_it",
+    }
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -193,16 +185,7 @@ class InPod(Kubernetes):
     """Pods of a master that is in a pod itself, with the rights of the manifest alone."""
 
     name = "kubernetes-in-pod"
-    only = frozenset(
-        {
-            "test_all_methods_work",
-            "test_a_pool_in_a_worker_of_a_pool",
-            "test_served_objects",
-            "test_managers",
-            "test_workers_that_are_taken_away_cost_no_result",
-            "test_a_master_that_is_killed_leaves_nothing",
-        }
-    )
+    only = CORE
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -34,6 +34,19 @@ PATIENCE = 60.0
 """Seconds for what takes one or two where nothing else runs."""
 
 
+CORE = frozenset(
+    {
+        "test_all_methods_work",
+        "test_a_pool_in_a_worker_of_a_pool",
+        "test_served_objects",
+        "test_managers",
+        "test_workers_that_are_taken_away_cost_no_result",
+        "test_a_master_that_is_killed_leaves_nothing",
+    }
+)
+"""The tests for each way to have processes on an engine; one of its ways runs all."""
+
+
 def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
     """Return what `condition` returns when it is true; fail if that takes too long."""
     deadline = time.monotonic() + patience

@@ -1,4 +1,4 @@
-"""Sites of Slurm: its three ways to have processes, each for all tests elsewhere.
+"""Sites of Slurm: its three ways to have processes.
 
 slurm       a program on a login node, whose processes are batch jobs
 slurm-pool  the same, whose processes are tasks of allocations that it asks for
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 from tests.backends import slurm_cluster
-from tests.elsewhere.sites import Site, until
+from tests.elsewhere.sites import CORE, Site, until
 
 
 class Slurm(Site):
@@ -112,6 +112,17 @@ class SlurmPool(Slurm):
 
     name = "slurm-pool"
     mode = "pool"
+    only = CORE | {
+        "test_processes",
+        "test_pipes",
+        "test_members_of_a_ring_meet_at_its_address",
+        "test_large_arguments_and_results",
+        "test_workers_share_a_job_where_they_may",
+        "test_a_task_that_fails_fails_alone_and_is_explained",
+        "test_a_process_whose_job_is_taken_away_has_ended",
+        "test_the_death_of_who_has_something_is_told_to_who_wants_it",
+        "test_an_interrupt_is_one_exception",
+    }
 
     def _tasks(self) -> dict[str, tuple[int, int]]:
         """Return the process IDs of keepers and agents, by what Fiber calls the job."""

@@ -118,7 +118,7 @@ class Berths:
         """End the agents that have no worker."""
         for agent in [a for a, used in self._used.items() if not used]:
             del self._used[agent]
-            agent.close()
+            agent.dismiss()
 
     def close(self) -> None:
         """End them all."""

@@ -190,7 +190,7 @@ class Jobs:
         except Exception as error:
             log(DEBUG, "the log of a job cannot be had: %r", error)
             text = ""
-        if not text:
+        if not text or text in status.message:
             return status
         return status._replace(message=f"{status.message}\nThe last that it wrote:\n{text}")
 

@@ -29,6 +29,7 @@ from fiber.runtime.agents import (
     PING,
     PREPARE,
     Agent,
+    Child,
     standard_streams,
 )
 from fiber.runtime.logs import INFO, WARNING, log
@@ -88,6 +89,8 @@ class RemoteAgent(Agent):
         self._deadline: Timer | None = None
         self._beat: Timer | None = None
         self._closing = False
+        self._leaves = False  # by itself: what its manager says of that is worth telling
+        self._last: Frame | None = None  # the end of its process, to be told after that
         self._outlets = {1: _Outlet(loop, 0), 2: _Outlet(loop, 1)}
 
     def begin(self, order: Order, endpoint: Endpoint, preparation: Mapping[str, Any]) -> None:
@@ -173,21 +176,26 @@ class RemoteAgent(Agent):
             self._outlets[fd].write(data)
             return
         if frame.kind == EXITED and self.ending:
-            self._excuse(*pickle.loads(frame.body)[:2])
+            child = self._excuse(*pickle.loads(frame.body)[:2])
+            if child is not None and not self.kept:  # nothing is left of it but to be told why
+                self._last, self._leaves = frame, True
+                return
         super()._on_frame(frame)
         if frame.kind == ENDING:
             self.on_ending()
         elif frame.kind == EXITED and not self.kept and not self._children:
-            self.close()
+            self.dismiss()
 
-    def _excuse(self, key: int, code: int) -> None:
-        """A process has ended while its job is being ended: by the signal that was for all of it?
+    def _excuse(self, key: int, code: int) -> Child | None:
+        """A process has ended while its job is being ended: return it if that was not its doing.
 
         Slurm sends SIGTERM to every process of a step.
         """
         child = self._children.get(key)
-        if child is not None and code == -signal.SIGTERM and child.pid not in self.told:
-            child.blameless = True
+        if child is None or code != -signal.SIGTERM or child.pid in self.told:
+            return None
+        child.blameless = True
+        return child
 
     def _on_ready(self, facts: dict[str, Any]) -> None:
         if self._deadline is not None:
@@ -253,8 +261,11 @@ class RemoteAgent(Agent):
         self._post(DIAL, (token, path))
 
     def _fail(self, error: str) -> None:
-        if self.error is None and self._children and not self._closing and self.ready.is_set:
+        told = self._leaves or (self._children and self.ready.is_set)
+        if self.error is None and told and not self._closing:
             log(WARNING, "%s %s", self.name, error)
+        if self._last is not None:
+            super()._on_frame(self._last)
         if self._endpoint is not None:
             self._endpoint.forget(self._token)
         for timer in (self._deadline, self._beat):
@@ -267,6 +278,17 @@ class RemoteAgent(Agent):
         held, self._held = self._held, None
         if held is not None:
             held.end()
+
+    def dismiss(self) -> None:
+        """Let it end, for nobody needs it.
+
+        One that was asked to end by others, by its manager perhaps, is doing so: it is not
+        forgotten before it is known why.
+        """
+        if self.ending and self._link is not None and not self._link.lost:
+            self._leaves = True
+        else:
+            self.close()
 
     def close(self) -> None:
         self._closing = True
