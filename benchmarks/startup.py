@@ -5,8 +5,11 @@ as many bare containers, pods or jobs; in turns, in one run. It prints a table i
 figures in RESULTS.md are from there.
 
 On Slurm a bare job is Python that connects to this program: by one `sbatch --array`, and by one
-`srun -n`. A cluster of fewer CPUs than workers has to be told that it may share them: see
-`--options`.
+`srun -n`. A cluster of fewer CPUs than workers has to be told that it may share them. On one whose
+nodes have 4000 MB, as a partition `bench` with OverSubscribe=FORCE:60:
+
+    --options "--partition=bench --overcommit --cpus-per-task=1 --nodes=4 --mem=3900M"
+    --job-options "--nodes=1 --mem=75M"
 """
 
 from __future__ import annotations
@@ -20,17 +23,19 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 import fiber
+from fiber.runtime import session
 
 LOOK_AGAIN = 0.01  # seconds
 DEADLINE = 180.0  # seconds
 SLEEP = ["sleep", "600"]
 
 
-def pool(backend: str, workers: int, each: int, mode: str = "auto") -> float:
+def pool(backend: str, workers: int, each: int | None) -> float:
     """Return the seconds from `Pool(workers)` until all are ready; `each` of them share a job."""
-    fiber.init(workers_per_job=each, slurm_mode=mode)
+    fiber.init(workers_per_job=each, start_timeout=DEADLINE)
     began = time.monotonic()
     with fiber.get_context(backend).Pool(workers) as pool:
         while pool.stats().ready < workers:
@@ -99,15 +104,22 @@ def bare_kubernetes(workers: int, image: str) -> float:
     return took
 
 
+def slurm_pool(workers: int, each: int | None, mode: str, options: str) -> float:
+    """As `pool`, in one of Slurm's modes, and in a session of its own: a session has one mode."""
+    session.shutdown()
+    fiber.init(slurm_mode=mode, slurm_options=options)
+    return pool("slurm", workers, each)
+
+
 CALL = "import socket, sys; s = socket.create_connection(sys.argv[1:3]); s.recv(1)"
 
 
-def bare_slurm(workers: int, way: str) -> float:
+def bare_slurm(workers: int, way: str, given: str) -> float:
     """Return the seconds until as many bare jobs, or tasks of a step, have connected."""
     with socket.create_server(("", 0), backlog=workers) as server:
         address = [socket.gethostname(), str(server.getsockname()[1])]
         call = [sys.executable, "-I", "-S", "-c", CALL, *address]
-        options = ["--job-name=bare", *fiber.config.slurm_options]
+        options = ["--job-name=bare", *shlex.split(given)]
         began = time.monotonic()
         step = None
         if way == "srun":
@@ -141,19 +153,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--image", help="of a stock Python; for containers and pods")
-    parser.add_argument("--options", default="", help="further options of sbatch and srun")
+    parser.add_argument("--options", default="", help="further options of srun and sbatch")
+    parser.add_argument("--job-options", default="", help="and of a batch job for one worker")
     parser.add_argument("--only", default="", help="kinds whose names contain this, and bare ones")
     options = parser.parse_args()
     workers = options.workers
-    fiber.init(image=options.image, cpu_per_job=1, slurm_options=options.options)
+    fiber.init(image=options.image, cpu_per_job=1)
     kinds: dict[str, Callable[[], float]] = {}
     if options.backend == "slurm":
-        kinds["bare: one srun -n"] = lambda: bare_slurm(workers, "srun")
-        kinds["bare: one sbatch --array"] = lambda: bare_slurm(workers, "array")
-        kinds["Pool, one allocation for all"] = lambda: pool("slurm", workers, 1, "pool")
-        kinds["Pool, a batch job for each worker"] = lambda: pool("slurm", workers, 1, "batch")
-        kinds["Pool, one allocation, ten workers in a task"] = lambda: pool(
-            "slurm", workers, 10, "pool"
+        for_all = options.options
+        for_one = f"{for_all} {options.job_options}"
+        kinds["bare: one srun -n"] = lambda: bare_slurm(workers, "srun", for_all)
+        kinds["bare: one sbatch --array"] = lambda: bare_slurm(workers, "array", for_one)
+        for each, which in ((None, ""), (10, ", ten workers in a task"), (1, ", each in a task")):
+            kinds[f"Pool, one allocation for all{which}"] = partial(
+                slurm_pool, workers, each, "pool", for_all
+            )
+        kinds["Pool, a batch job for each worker"] = partial(
+            slurm_pool, workers, 1, "batch", for_one
         )
     else:
         bare = bare_docker if options.backend == "docker" else bare_kubernetes

@@ -41,7 +41,7 @@ def test_the_defaults() -> None:
         "retries": 2,
         "imap_buffer": 4,
         "imap_buffer_mb": 64,
-        "workers_per_job": 1,
+        "workers_per_job": None,
         "start_timeout": 60.0,
         "queue_timeout": None,
         "address": None,

@@ -171,11 +171,12 @@ class Config:
         "a whole number of at least 1",
         "Memory that the items read ahead by imap may take, in MB.",
     )
-    workers_per_job = Key[int](
+    workers_per_job = Key[int | None](
         parsers.integer(1),
-        1,
+        None,
         "a whole number of at least 1",
-        "How many workers of a pool share a container, pod or Slurm job.",
+        "How many workers of a pool share a container, pod or Slurm job; None: one, and in "
+        "slurm_mode pool up to ten.",
     )
     start_timeout = Key[float](
         parsers.seconds,

@@ -239,6 +239,15 @@ def test_a_task_that_uses_too_much_memory_fails_alone(site: Slurm) -> None:
     assert "@fiber.meta(memory=...)" in program.out
 
 
+@pytest.mark.parametrize("site", ["slurm-pool"], indirect=True)
+def test_of_workers_that_share_a_task_the_one_that_eats_is_killed(site: Slurm) -> None:
+    settings = {"FIBER_RETRIES": "0", "FIBER_WORKERS_PER_JOB": "2"}
+    program = site.run(EAT.replace("Pool(3)", "Pool(4)"), quiet=False, patience=100, env=settings)
+    assert re.search(r"WorkerDied item 5000 of work", program.out), program.all()
+    assert "was OOMKilled: it used more memory than its limit of 800 MB" in program.out
+    assert "ended by SIGKILL" not in program.err, program.err
+
+
 def test_workers_leave_before_their_time_is_up(site: Slurm) -> None:
     # Slurm sends the warning 30 seconds before the end of the minute, or somewhat earlier.
     program = site.start(MAP, "0.02", "4", env={"FIBER_SLURM_TIME": "1", "FIBER_RETRIES": "0"})

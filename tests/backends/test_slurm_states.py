@@ -119,3 +119,37 @@ def test_many_that_wait_are_one_sentence() -> None:
     said = states.waits("12_0", "Priority", 8, 20)
     assert said == "8 of 20 Slurm jobs wait: Priority, others come first"
     assert states.waits("12", "Resources", 1, 1).startswith("Slurm job 12 waits: Resources")
+
+
+# As sacct of Slurm 23.02 prints them with --parsable2.
+ACCOUNTED = """\
+17_0|COMPLETED|0:0|node1
+17_1|FAILED|7:0|node1
+17_2|FAILED|0:11|node[1-2]
+18|CANCELLED by 1000|0:15|node2
+19|OUT_OF_MEMORY|0:125|node3
+20|NODE_FAIL|0:0|node4
+21|TIMEOUT|0:0|node4
+22|PREEMPTED|0:0|node4
+23|RUNNING|0:0|node4
+24|PENDING|0:0|None assigned
+
+slurm_load_jobs error
+"""
+
+
+def test_what_the_accounting_says_of_forgotten_jobs_is_read() -> None:
+    rows = {row.key: row for row in states.parse_accounting(ACCOUNTED)}
+    assert [key for key, row in rows.items() if not row.over] == ["23", "24"]
+    assert rows["24"].nodes == ""
+    ends = [states.verdict(row, NEEDS) for row in rows.values() if row.over]
+    assert [(end.exit_code, end.reason, end.node) for end in ends] == [
+        (0, "", "node1"),
+        (7, "Error", "node1"),
+        (-11, "Signal", "node[1-2]"),
+        (-15, "Deleted", "node2"),
+        (None, "OOMKilled", "node3"),
+        (None, "NodeLost", "node4"),
+        (None, "TimeLimit", "node4"),
+        (None, "Preempted", "node4"),
+    ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from fiber.resources import Resources
 
@@ -28,6 +28,8 @@ __all__ = [
     "JobSpec",
     "JobState",
     "JobStatus",
+    "Sharing",
+    "share",
 ]
 
 SECRET_FILE = "FIBER_INTERNAL_SECRET_FILE"
@@ -159,3 +161,19 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """The session has ended: remove all that the manager still has of it."""
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """What a backend may have besides: it knows how many workers of a pool should share a job."""
+
+    def share(self, resources: Resources, workers: int) -> int:
+        """Return how many of `workers`, each with `resources`, should share a job.
+
+        Asked where the user did not say. It may take a moment and raises nothing: 1 will always do.
+        """
+
+
+def share(backend: Backend, resources: Resources, workers: int) -> int:
+    """Return how many workers of a pool should share a job of `backend`."""
+    return backend.share(resources, workers) if isinstance(backend, Sharing) else 1

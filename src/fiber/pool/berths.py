@@ -4,8 +4,8 @@
                            └─ elsewhere: an agent with a free berth, or another job
     Crew ─ leave, trim ─► an agent whose berths are all empty ends, and its job with it
 
-Elsewhere a job has as many berths as `workers_per_job` says, and asks for as much as they need
-together.
+Elsewhere a job has as many berths as `workers_per_job` or the backend says, and asks for as much as
+they need together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fiber.config import config
 from fiber.errors import StartError
 from fiber.resources import Resources
 from fiber.runtime.agents import Agent
@@ -56,11 +55,12 @@ class Berths:
         self._backend = backend
         self._resources = resources
         self._on_ending = on_ending
-        self._each = config.workers_per_job
+        self._each = 1
         self._used: dict[RemoteAgent, int] = {}
         self.elsewhere = session.agency.is_elsewhere(backend)
         if self.elsewhere:
             session.agency.prepare(backend)
+            self._each = session.agency.share(backend, resources, workers)
             with session.loop:
                 for _ in range(-(-workers // self._each)):
                     self._order()

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fiber.backends import registry
+from fiber.backends import base, registry
 from fiber.backends.base import JobSpec
 from fiber.config import config
 from fiber.errors import StartError
@@ -35,7 +35,7 @@ __all__ = ["Agency"]
 
 
 class Agency:
-    """See the module. Within the loop, save `get`, `prepare`, `check_open` and `collect`.
+    """See the module. Within the loop, save `get`, `prepare`, `share`, `check_open` and `collect`.
 
     Args:
         session: of this process.
@@ -139,6 +139,13 @@ class Agency:
                 self.orders = starting.orders(self._session)
             if not self._preparation:
                 self._preparation = starting.preparation(self._session, self.orders)
+
+    def share(self, backend: str, resources: Resources, workers: int) -> int:
+        """Return how many workers of a pool are to share a job. Not within the loop."""
+        if config.workers_per_job is not None:
+            return config.workers_per_job
+        # Who is elsewhere itself cannot ask the backend.
+        return 1 if self._far else base.share(registry.get(backend), resources, workers)
 
     def soon(self, backend: str, resources: Resources, processes: int = 1) -> Agent:
         """As `get`, but it may not be ready yet, or never be. Within the loop.

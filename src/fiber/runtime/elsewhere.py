@@ -60,6 +60,7 @@ def main(sock: Any) -> NoReturn:
     certificate = take("FIBER_INTERNAL_CERTIFICATE").encode()
     network = Network(master, take("FIBER_INTERNAL_HOME"), certificate)
     take("FIBER_INTERNAL_CODE", None)
+    memory.heed(take(memory.RECORD, ""))
     with open(take(SECRET_FILE), "rb") as file:
         secret = file.read()
     sock.close()  # Fiber is here; for what else is needed there is another when it is

@@ -31,8 +31,17 @@ __all__ = ["begin", "orders", "preparation"]
 _CONNECT_TIMEOUT = 30.0  # seconds
 _KINDS = {"docker": "container", "kubernetes": "pod", "slurm": "Slurm job"}
 _WITH_IMAGES = ("docker", "kubernetes")
-_AT_HOME = ("fiber.backends.", "fiber.cli", "fiber.code.", "fiber.testing")
-"""Modules that are of no use elsewhere, or need what is not there."""
+_AT_HOME = (
+    "fiber.backends.",
+    "fiber.cli",
+    "fiber.code.",
+    "fiber.runtime.jobs",
+    "fiber.runtime.outside",
+    "fiber.runtime.starting",
+    "fiber.testing",
+)
+"""Modules that are of no use elsewhere, of little, or need what is not there: each agent would load
+them, which takes a tenth of the time until it is ready."""
 
 
 def orders(session: Session) -> Outside | Errands:

@@ -4,6 +4,7 @@
        │         └──────► poller: one squeue for everything that the session has
        ├──────► steps ──► srun: one step for all that is asked for at once; its tasks are keepers
        ├─ options   what is asked of Slurm: configuration, resources, the user's variables
+       ├─ sharing   how many workers of a pool share a task, by what nodes have
        ├─ commands  how Slurm's commands are run: environment, time-outs, what their errors mean
        ├─ states    Slurm's words for how a job is, in Fiber's
        ├─ shared    the folder that this machine and the nodes share: descriptions and the secret

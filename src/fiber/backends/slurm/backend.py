@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Sequence
 
 from fiber.backends.base import Job, JobSpec, JobState, JobStatus
-from fiber.backends.slurm import commands, detect, network, options, shared, states
+from fiber.backends.slurm import commands, detect, network, options, shared, sharing, states
 from fiber.backends.slurm.batch import Batch
 from fiber.backends.slurm.jobs import SlurmJob, tail
 from fiber.backends.slurm.options import Needs
@@ -30,6 +30,7 @@ from fiber.backends.slurm.poller import Poller
 from fiber.backends.slurm.steps import Steps
 from fiber.config import config
 from fiber.errors import StartError
+from fiber.resources import Resources
 
 __all__ = ["SlurmBackend"]
 
@@ -52,6 +53,10 @@ class SlurmBackend:
     def python(self) -> Sequence[str]:
         """The command that runs Python on a node: by default the one that runs here."""
         return shared.python()
+
+    def share(self, resources: Resources, workers: int) -> int:
+        """Return how many workers of a pool should share a job: several in the mode `pool`."""
+        return sharing.share(resources, workers) if _mode() == "pool" else 1
 
     def submit(self, specs: Sequence[JobSpec]) -> list[Job]:
         """Have jobs started: one call of Slurm for all that need the same."""
@@ -146,11 +151,8 @@ class _Life:
         self._jobs: list[SlurmJob] = []
         self._keys = itertools.count(1)
         self._closed = False
-        inside = detect.in_allocation()
-        mode = config.slurm_mode
-        if mode == "auto":
-            mode = "step" if inside else "batch"
-        if mode == "step" and not inside:
+        mode = _mode()
+        if mode == "step" and not detect.in_allocation():
             raise StartError(
                 "slurm_mode is 'step', which needs an allocation, and this process is in none: run "
                 "it under `sbatch` or `salloc`, or set slurm_mode to 'auto', 'batch' or 'pool'."
@@ -260,6 +262,12 @@ class _Life:
 
     def forget(self) -> None:
         self._janitor.leave()
+
+
+def _mode() -> str:
+    if config.slurm_mode != "auto":
+        return config.slurm_mode
+    return "step" if detect.in_allocation() else "batch"
 
 
 class _Janitor:

@@ -1,7 +1,7 @@
 """Batch jobs: what is asked for in one call is one array for all that need the same.
 
     submit ─► description in the shared folder ─► sbatch --array ─► 17_0, 17_1, ...
-    rows of squeue ─► update ─► SlurmJob
+    rows of squeue ─► update ─► SlurmJob ◄─ finish ◄─ sacct, for what squeue has forgotten
     terminate, kill ─► one scancel for all
 
 The script becomes a keeper, which runs the command and passes on to it, and to nobody else, what
@@ -29,6 +29,7 @@ _AGAIN = 1.0  # seconds
 _FORGOTTEN = 15.0  # seconds after which Slurm should know of a job that it has accepted
 _MOST = 500  # jobs of one array: sites allow a thousand, or less
 _ARGUMENTS = 500  # jobs that one scancel is given
+_ACCOUNTING = 10.0  # seconds that sacct may take
 
 
 class Batch:
@@ -58,6 +59,7 @@ class Batch:
         self._jobs: dict[str, SlurmJob] = {}  # by what squeue calls them; not those that ended
         self._since: dict[str, float] = {}
         self._doomed: list[str] = []
+        self._forgotten: list[str] = []
         self.answered = False
         """Whether the controller has accepted anything."""
 
@@ -125,10 +127,9 @@ class Batch:
             if row is None:
                 if time.monotonic() - self._since[key] < _FORGOTTEN:
                     continue
-                message = "has ended, and Slurm knows nothing of it any more"
-                status = JobStatus(JobState.ENDED, None, "Forgotten", message=message)
-            else:
-                status = states.status(row, job.needs, tail(job.log, 5) if row.over else "")
+                self._forgotten.append(key)
+                continue
+            status = states.status(row, job.needs, tail(job.log, 5) if row.over else "")
             if status.reason in ("Requeued", "Unschedulable"):
                 self._doomed.append(key)
             if status.state is JobState.PENDING and status.reason:
@@ -136,22 +137,50 @@ class Batch:
                     continue
                 waiting.setdefault(status.reason, []).append(job)
                 continue
-            if status.state is JobState.ENDED and status.exit_code in (126, 127):
-                said = tail(job.log, 1)
-                status = status._replace(message=f"{status.message}: {said}" if said else said)
-            new = job.told(status) or new
-            if job.ended:
-                self._forget(job)
+            new = self._tell(job, status) or new
         for reason, jobs in waiting.items():
             message = states.waits(jobs[0].id, reason, len(jobs), len(self._jobs))
             for job in jobs:
                 new = job.told(JobStatus(JobState.PENDING, None, reason, "", message)) or new
         return new
 
+    def _tell(self, job: SlurmJob, status: JobStatus) -> bool:
+        """A job is so now: return whether that is new."""
+        if status.state is JobState.ENDED and status.exit_code in (126, 127):
+            said = tail(job.log, 1)
+            status = status._replace(message=f"{status.message}: {said}" if said else said)
+        new = job.told(status)
+        if job.ended:
+            self._forget(job)
+        return new
+
     def finish(self) -> None:
-        """Have Slurm end what it did not end yet. Not under the lock."""
+        """Do what is left of an update, and takes a command. Not under the lock."""
         if self._doomed:
             self._cancel([])
+        forgotten, self._forgotten = self._forgotten, []
+        for some in _groups(forgotten):
+            found = {row.key: row for row in self._accounted(some) if row.over}
+            with self._lock:
+                for key in some:
+                    job = self._jobs.get(key)
+                    if job is not None and key in found:
+                        self._tell(job, states.verdict(found[key], job.needs, tail(job.log, 5)))
+                    elif job is not None:
+                        message = "has ended, and Slurm knows nothing of it any more"
+                        self._tell(job, JobStatus(JobState.ENDED, None, "Forgotten", "", message))
+                self._lock.notify_all()
+
+    def _accounted(self, keys: Sequence[str]) -> list[states.Row]:
+        """Return what Slurm's accounting says of jobs: nothing, where there is none."""
+        which = (f"--jobs={','.join(keys)}", f"--name={self._name}")
+        form = ("--noheader", "--parsable2", "--allocations", f"--format={states.ACCOUNTING}")
+        try:
+            return states.parse_accounting(
+                commands.run("sacct", *form, *which, timeout=_ACCOUNTING)
+            )
+        except (commands.Away, commands.Refused, StartError):
+            return []
 
     def _forget(self, job: SlurmJob) -> None:
         self._jobs.pop(job.id, None)

@@ -21,16 +21,25 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 WARNING = 23  # SIGURG: the time of the allocation is nearly up
 LOOK = 0.5  # seconds between two looks at the memory of what runs
 PATIENCE = 1.5  # seconds that a command has to end when the master is gone
+RECORD = "FIBER_INTERNAL_MEMORY_RECORD"
+"""The variable by which an agent is told where it is written how often a process was killed."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
+LISTED = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+"""Whether the kernel lists the children of a process: all processes of a large node are many."""
 
 
-def describe(path: str, number: int) -> tuple[list[str], dict[str, str], str, int | None]:
-    """Return command, environment, log and memory (in MB) of a job."""
+def describe(path: str, number: int) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+    """Return command and environment of a job, and what else there is to know.
+
+    That is `log`, the path of its log, `memory`, the MB that it may use, and `processes`, how many
+    will share it.
+    """
     found: Any = None
     for _ in range(50):
         try:
@@ -44,7 +53,7 @@ def describe(path: str, number: int) -> tuple[list[str], dict[str, str], str, in
     texts = found["texts"]
     job = found["jobs"][number]
     environment = {texts[name]: texts[value] for name, value in job["environment"]}
-    return [texts[part] for part in job["command"]], environment, job["log"], job["memory"]
+    return [texts[part] for part in job["command"]], environment, job
 
 
 def execute(command: list[str], environment: dict[str, str]) -> str:
@@ -65,7 +74,7 @@ def run(path: str) -> NoReturn:
     """
     if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         sys.exit("fiber: this job was requeued, and another has taken its place")
-    command, environment, _, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
+    command, environment, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
     libc = library()
     signals = {signal.SIGTERM, signal.SIGINT, WARNING}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -114,6 +123,9 @@ class Keeper:
         self.pid = 0
         self.key = ""
         self.limit: int | None = None
+        self.shared = False  # whether several processes share what runs
+        self.kills = 0
+        self.record = -1
         self.leaving = False
         self.ended_by_slurm = False
         self.exceeded = False
@@ -147,13 +159,18 @@ class Keeper:
     def start(self, key: str, path: str, number: int) -> None:
         """Start a command."""
         self.key = key
-        command, environment, log, self.limit = describe(path, number)
+        command, environment, more = describe(path, number)
+        self.limit, self.shared = more["memory"], more["processes"] > 1
         self.exceeded = False
+        if self.limit and self.shared:
+            self.note(self.limit)
+            if self.record >= 0:
+                environment[RECORD] = f"/proc/{os.getpid()}/fd/{self.record}"
         failed, fail = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                self.prepare(log)
+                self.prepare(more["log"])
                 os.write(fail, execute(command, environment).encode())
             finally:
                 os._exit(127)
@@ -198,7 +215,7 @@ class Keeper:
     def clear(self) -> None:
         """Kill what a command left behind."""
         for _ in range(50):
-            found = [pid for pid, (parent, _) in processes().items() if parent == os.getpid()]
+            found = [pid for pid, parent in parents().items() if parent == os.getpid()]
             if not found:
                 return
             for pid in found:
@@ -208,20 +225,38 @@ class Keeper:
                 except ChildProcessError:
                     pass
 
+    def note(self, limit: int) -> None:
+        """Write down, in a file in memory, how often a process was killed, as the kernel does.
+
+        An agent reads it to know why one of its processes was.
+        """
+        try:
+            if self.record < 0:
+                self.record = os.memfd_create("fiber-memory")
+            os.pwrite(self.record, b"limit %d\noom_kill %08d\n" % (limit, self.kills), 0)
+        except (AttributeError, OSError):
+            pass  # then it was killed, and nobody knows why
+
     def look(self, limit: int) -> None:
-        """End a command that has used more bytes than it asked for, before Slurm ends all."""
-        table = processes()
-        tree, todo = [], [self.pid]
-        while todo:
-            pid = todo.pop()
-            tree.append(pid)
-            todo += [child for child, (parent, _) in table.items() if parent == pid]
-        if sum(table[pid][1] for pid in tree if pid in table) <= limit:
+        """End what has used more bytes than it asked for, before Slurm ends all.
+
+        Of several processes that share a job, it is the one that has used the most.
+        """
+        tree = family(self.pid)
+        if sum(map(resident, tree)) <= limit:
             return
-        if sum(proportional(pid) for pid in tree) > limit:  # pages that they share count once
+        used = {pid: proportional(pid) for pid in tree}  # pages that they share count once
+        if sum(used.values()) <= limit:
+            return
+        parts = [family(pid) for pid, parent in parents().items() if parent == self.pid]
+        if self.shared and len(parts) > 1:
+            tree = max(parts, key=lambda part: sum(used.get(pid, 0) for pid in part))
+            self.kills += 1
+            self.note(limit >> 20)
+        else:
             self.exceeded = True
-            for pid in tree:
-                kill(pid)
+        for pid in tree:
+            kill(pid)
 
     def obey(self, line: str) -> None:
         """Do what the master says, if it is said to this task."""
@@ -274,21 +309,52 @@ def kill(pid: int) -> None:
         pass
 
 
-def processes() -> dict[int, tuple[int, int]]:
-    """Return parent and bytes in memory of all processes, by process ID."""
+def parents() -> dict[int, int]:
+    """Return the parents of all processes."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
+                    found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
             except OSError:
-                continue
-            if fields[0] != b"Z":
-                found[int(name)] = int(fields[1]), int(fields[21]) * PAGE
-            else:
-                found[int(name)] = int(fields[1]), 0
+                pass  # it has ended
     return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process, as far as the kernel tells."""
+    found: list[int] = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass  # it has ended
+    return found
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    of: Callable[[int], list[int]] = children
+    if not LISTED:
+        table = parents()
+        of = lambda parent: [child for child, its in table.items() if its == parent]  # noqa: E731
+    found, todo = [], [pid]
+    while todo:
+        pid = todo.pop()
+        found.append(pid)
+        todo += of(pid)
+    return found
+
+
+def resident(pid: int) -> int:
+    """Return the bytes in memory of a process."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * PAGE
+    except OSError:
+        return 0
 
 
 def proportional(pid: int) -> int:

@@ -85,6 +85,7 @@ class Shared:
                     "environment": [(text(k), text(v)) for k, v in environment.items()],
                     "log": log.replace("%k", str(first + number)),
                     "memory": memory,
+                    "processes": spec.processes,
                 }
             )
         name = f"jobs-{next(self._count)}.json"

@@ -1,6 +1,6 @@
 """Slurm's words for how a job is, in Fiber's.
 
-    a row of squeue ─► Row ─► status ─► JobStatus: state, exit code, reason, node, message
+    a row of squeue or sacct ─► Row ─► status ─► JobStatus: state, exit code, reason, node, message
 
 Slurm lets a job wait for ever that can never run: such a one has ended for us, and says why. A
 pure part: it knows no command and no clock.
@@ -16,12 +16,14 @@ from fiber.backends.base import JobState, JobStatus
 from fiber.backends.slurm.options import Needs
 
 __all__ = [
+    "ACCOUNTING",
     "FIELDS",
     "Row",
     "hopeless",
     "of_step",
     "oom",
     "parse",
+    "parse_accounting",
     "status",
     "verdict",
     "waits",
@@ -29,6 +31,9 @@ __all__ = [
 
 FIELDS = "JobArrayID:|,JobID:|,State:|,Reason:|,exit_code:|,NodeList:|,RestartCnt:|,PreemptTime:|"
 """What squeue is asked for; see `parse`."""
+
+ACCOUNTING = "JobID,State,ExitCode,NodeList"
+"""What sacct is asked for; see `parse_accounting`."""
 
 _WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"})
 _RUNNING = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
@@ -112,6 +117,24 @@ def parse(text: str) -> list[Row]:
                 preempted[:1].isdecimal(),  # a time
             )
         )
+    return rows
+
+
+def parse_accounting(text: str) -> list[Row]:
+    """Return the rows of sacct's output for `ACCOUNTING`, with a | between two fields."""
+    rows = []
+    for line in text.splitlines():
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) != 4 or not fields[1]:
+            continue
+        key, state, code, nodes = fields
+        number, _, cause = code.partition(":")
+        status = int(number) << 8 if number.isdecimal() else 0
+        # What is above 64 is no signal: 0:125 is Slurm's for a job that used too much memory.
+        if cause.isdecimal() and 0 < int(cause) <= 64:
+            status = int(cause)
+        word = state.split()[0]  # "CANCELLED by 1000"
+        rows.append(Row(key, key, word, "", status, "" if " " in nodes else nodes, 0))
     return rows
 
 
