@@ -64,14 +64,15 @@ def main(sock: Any) -> NoReturn:
     with open(take(SECRET_FILE), "rb") as file:
         secret = file.read()
     sock.close()  # Fiber is here; for what else is needed there is another when it is
-    home = os.path.dirname(network.address.removeprefix("unix:"))
-    folder, _ = folders.make(secret, folders.session_of(home))
     reach = Reach(network, secret)
     try:
         channel = reach.channel(owner, _CONNECT_TIMEOUT)
     except OSError as error:
         print(f"fiber: the agent cannot reach its owner at {owner}: {error}", file=sys.stderr)
         os._exit(1)
+    # Not before: who is killed while it looks for a master that is gone shall leave nothing.
+    home = os.path.dirname(network.address.removeprefix("unix:"))
+    folder, _ = folders.make(secret, folders.session_of(home))
     channel.send(HELLO, pickle.dumps({"token": token, "pid": os.getpid(), "place": folder}))
     frames: list[Frame] = []
     while not frames:

@@ -253,7 +253,7 @@ class _Life:
         which = (f"--user={os.getuid()}", f"--name={self._name}")
         try:
             with contextlib.suppress(commands.Refused):
-                commands.run("scancel", *which, "--full", "--signal=KILL", timeout=_CLOSE)
+                commands.run("scancel", *which, *commands.KILL, timeout=_CLOSE)
             with contextlib.suppress(commands.Refused):
                 commands.run("scancel", *which, timeout=_CLOSE)
         except (commands.Away, StartError):

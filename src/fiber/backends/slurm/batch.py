@@ -212,7 +212,7 @@ class Batch:
         with self._lock:
             todo, self._doomed = [*self._doomed, *keys], []
         for some in _groups(todo):
-            if not (_try("scancel", "--full", "--signal=KILL", *some) and _try("scancel", *some)):
+            if not (_try("scancel", *commands.KILL, *some) and _try("scancel", *some)):
                 with self._lock:
                     self._doomed += some
 

@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from fiber.backends.slurm import detect
 from fiber.errors import StartError
 
-__all__ = ["Away", "Refused", "environment", "run", "step_environment"]
+__all__ = ["KILL", "Away", "Refused", "environment", "run", "step_environment"]
+
+KILL = ("--batch", "--signal=USR2")
+"""Options of scancel by which the keepers of batch jobs end what they run: see `keeper`."""
 
 _TIMEOUT = 45.0  # seconds: they wait by themselves for half a minute when the controller is away
 

@@ -23,6 +23,7 @@ import sys
 import time
 
 LOOK = 1.0  # seconds
+GRACE = 3.0  # seconds that keepers have to end what they run
 PATIENCE = 600.0  # seconds, for a controller that does not answer
 QUIET = 3  # times that nothing is found: the last request of the master may still be on its way
 
@@ -60,7 +61,8 @@ def end_step(pid: int) -> None:
 
 
 def cancel(name: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+    began = time.monotonic()
+    deadline = began + PATIENCE
     quiet = 0
     while quiet < QUIET and time.monotonic() < deadline:
         which = (f"--user={os.getuid()}", f"--name={name}")
@@ -71,7 +73,10 @@ def cancel(name: str) -> None:
             quiet += 1
         else:
             quiet = 0
-            call("scancel", *which, "--full", "--signal=KILL")
+            if time.monotonic() < began + GRACE:
+                call("scancel", *which, "--batch", "--signal=USR2")  # see `keeper`
+            else:
+                call("scancel", *which, "--full", "--signal=KILL")
             call("scancel", *which)
         time.sleep(LOOK / 2)
 

@@ -25,8 +25,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 WARNING = 23  # SIGURG: the time of the allocation is nearly up
+KILL = signal.SIGUSR2  # to the keeper of a batch job: its command shall be gone soon
 LOOK = 0.5  # seconds between two looks at the memory of what runs
-PATIENCE = 1.5  # seconds that a command has to end when the master is gone
+PATIENCE = (
+    1.5  # seconds that a command has to clear up when the master needs it no more, or is gone
+)
 RECORD = "FIBER_INTERNAL_MEMORY_RECORD"
 """The variable by which an agent is told where it is written how often a process was killed."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -76,7 +79,7 @@ def run(path: str) -> NoReturn:
         sys.exit("fiber: this job was requeued, and another has taken its place")
     command, environment, _ = describe(path, int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0))
     libc = library()
-    signals = {signal.SIGTERM, signal.SIGINT, WARNING}
+    signals = {signal.SIGTERM, signal.SIGINT, WARNING, KILL, signal.SIGALRM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     pid = os.fork()
     if pid == 0:
@@ -92,6 +95,9 @@ def run(path: str) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, WARNING):
         signal.signal(number, lambda *_: os.kill(pid, signal.SIGTERM))
+    # An agent was told before, and is removing what it has on this node.
+    signal.signal(KILL, lambda *_: signal.setitimer(signal.ITIMER_REAL, PATIENCE))
+    signal.signal(signal.SIGALRM, lambda *_: kill(pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -129,6 +135,7 @@ class Keeper:
         self.leaving = False
         self.ended_by_slurm = False
         self.exceeded = False
+        self.doom = 0.0  # of `monotonic`, when what runs is killed; 0 if it may live
         self.input = b""
         self.wake, self.ring = os.pipe()
         os.set_blocking(self.wake, False)
@@ -161,7 +168,7 @@ class Keeper:
         self.key = key
         command, environment, more = describe(path, number)
         self.limit, self.shared = more["memory"], more["processes"] > 1
-        self.exceeded = False
+        self.exceeded, self.doom = False, 0.0
         if self.limit and self.shared:
             self.note(self.limit)
             if self.record >= 0:
@@ -268,14 +275,15 @@ class Keeper:
             self.start(key, os.path.join(self.folder, name), int(number))
         elif what == "signal" and self.pid and words[0] == self.key:
             if int(words[1]) == signal.SIGKILL:
-                kill(self.pid)
+                # An agent was told before, and is removing what it has on this node.
+                self.doom = time.monotonic() + PATIENCE
             else:
                 os.kill(self.pid, int(words[1]))
 
     def serve(self) -> None:
         """Until the input ends, or Slurm ends the step and the command has ended."""
         while not (self.leaving and not self.pid):
-            timeout = LOOK if self.pid and self.limit else None
+            timeout = LOOK if self.pid and (self.limit or self.doom) else None
             ready = select.select([0, self.wake], [], [], timeout)[0]
             if self.wake in ready:
                 os.read(self.wake, 4096)
@@ -287,7 +295,9 @@ class Keeper:
                 *lines, self.input = (self.input + data).split(b"\n")
                 for line in lines:
                     self.obey(line.decode())
-            if self.pid and self.limit and not self.exceeded:
+            if self.pid and self.doom and time.monotonic() > self.doom:
+                kill(self.pid)
+            elif self.pid and self.limit and not self.exceeded:
                 self.look(self.limit << 20)
         # An agent finds out by itself that its master is gone, and clears up.
         end = time.monotonic() + PATIENCE
