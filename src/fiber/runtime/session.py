@@ -188,6 +188,10 @@ class Session:
             self._home.read_all(process)
             if child.handed:
                 self._home.ended(child.name, process, child.handed, code != 0)
+        if code != 0 and not child.agent.elsewhere and self._folder is not None:
+            from fiber.runtime import snapshots
+
+            snapshots.sweep(folders.memory_folder(self._folder))
 
     @property
     def master_address(self) -> str | None:
