@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from fiber.pool.constants import Constants
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
 from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
@@ -78,6 +79,9 @@ class Call:
         """Results of a stream that were taken."""
         self.iterator: Any = None
         """A weak reference to who hands out the results of a stream."""
+        self.constants: Constants | None = None
+        self.keeps: Any = None
+        """What keeps a function that the workers share."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
@@ -96,11 +100,13 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
+        number = self.constants.number if self.constants is not None else None
         if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(items, known)
+            packed = dumps(items, known, number=number)
             return packed.data, list(packed.buffers), 1
         groups = [
-            dumps(items[at : at + self.chunk], known) for at in range(0, len(items), self.chunk)
+            dumps(items[at : at + self.chunk], known, number=number)
+            for at in range(0, len(items), self.chunk)
         ]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)

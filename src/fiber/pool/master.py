@@ -29,6 +29,7 @@ from fiber.errors import (
 )
 from fiber.pool import protocol
 from fiber.pool.calls import Call, Options, Sink, name_of
+from fiber.pool.constants import Constants, constants_of, share_function
 from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
@@ -116,6 +117,9 @@ class Master:
 
     # Calls -------------------------------------------------------------------------------------
 
+    def _memory_folder(self) -> str:
+        return session.current().memory_folder()
+
     def check_open(self) -> None:
         """Raise what the pool says to who wants to submit."""
         if self._ended is not None:
@@ -142,6 +146,14 @@ class Master:
             self._packed = (function, packed)  # a name stays the same: no need to pickle it again
         return packed
 
+    def constants_of(self, how: int, items: list[Any]) -> Constants | None:
+        """Return what is to be sent once of all that the items have; not within the loop."""
+        return constants_of(how, items, self._crew.known_names, self._memory_folder)
+
+    def share(self, packed: Packed) -> tuple[Packed, Any]:
+        """Return a function as it shall travel, and what keeps it; not within the loop."""
+        return share_function(packed, self._memory_folder)
+
     def submit(
         self,
         function: Callable[..., Any],
@@ -150,10 +162,12 @@ class Master:
         sink: Sink,
         items: list[Any],
         options: Options,
+        constants: Constants | None = None,
+        keeps: Any = None,
     ) -> None:
         """Begin a call over `items`."""
         call = self._new_call(function, packed, how, sink, options)
-        call.items = items
+        call.items, call.constants, call.keeps = items, constants, keeps
         self._schedule(call, len(items), options)
         self._act()
 
@@ -165,11 +179,13 @@ class Master:
         results: IMapUnorderedIterator,
         iterable: Iterable[Any],
         options: Options,
+        keeps: Any,
     ) -> None:
         """Begin a call over an iterable that is read as results are taken."""
         self.check_open()
         arrivals = results.bind(self._call_ids + 1)
         call = self._new_call(function, packed, how, arrivals, options)
+        call.keeps = keeps
         call.iterator = _Reference(results, self._dropped.append)
         call.iterator.call = call.id
         ahead = config.imap_buffer * self.settings.processes
@@ -256,7 +272,8 @@ class Master:
     def _forget(self, call: Call) -> None:
         if call.source is not None:
             call.source.stop()
-        for number in call.known_by:
+        told = call.constants.told if call.constants is not None else set()
+        for number in call.known_by | told:
             self._crew.workers[number].post(protocol.FORGET, pickle.dumps(call.id))
         if self.closing:
             self._crew.dismiss()
@@ -301,7 +318,14 @@ class Master:
                 error = SerializationError(text)
             self._settle_failed(batch, error)
             return
-        self._scheduler.weigh(call.id, (len(data) + sum(map(len, buffers))) / len(items))
+        weight = (len(data) + sum(map(len, buffers))) / len(items)
+        if call.constants is not None:
+            weight += call.constants.size
+            if worker.id not in call.constants.told:
+                call.constants.told.add(worker.id)
+                sources = [tuple(source) for source in call.constants.sources]
+                worker.post(protocol.CONSTANTS, pickle.dumps((call.id, sources)))
+        self._scheduler.weigh(call.id, weight)
         function, function_buffers = b"", ()
         if worker.id not in call.known_by:
             function, function_buffers, _ = call.packed  # type: ignore[assignment]
@@ -406,6 +430,8 @@ class Master:
         self._scheduler.worker_down(worker.id, charged=not self._is_innocent(worker))
         for call in self._calls.values():
             call.known_by.discard(worker.id)
+            if call.constants is not None:
+                call.constants.told.discard(worker.id)
         self._act()
 
     def _is_innocent(self, worker: Worker) -> bool:

@@ -1,6 +1,6 @@
 """What a pool's master and its workers say to each other.
 
-    master ─ INITIALIZE, MARKS, BATCH, FORGET, STOP ─► worker
+    master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, STOP ─► worker
     master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
@@ -20,6 +20,7 @@ __all__ = [
     "APPLY",
     "BATCH",
     "BATCH_HEAD",
+    "CONSTANTS",
     "FORGET",
     "INITIALIZE",
     "INITIALIZER_FAILED",
@@ -34,7 +35,8 @@ __all__ = [
     "split",
 ]
 
-INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, MARKS = range(2, 11)
+INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
+MARKS, CONSTANTS = range(10, 12)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -48,6 +50,7 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, MA
                         buffers, {position: exception}; then buffers
     UNLOADABLE          batch, exception
     MARKS               path, place; see `pool.marks`
+    CONSTANTS           call, sources; see `pool.constants`
 """
 
 MAP, STARMAP, APPLY = range(3)

@@ -24,11 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
+from fiber.pool.constants import Loader
 from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
     BATCH_HEAD,
+    CONSTANTS,
     FORGET,
     INITIALIZE,
     INITIALIZER_FAILED,
@@ -156,6 +158,7 @@ class Worker:
         self._patience = Patience()
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
+        self._constants = Loader()
         self._job: _Job | None = None
         self._mark: list[int] | memoryview = [0]  # see `pool.marks`
         self._batches = 0  # how many were begun
@@ -173,6 +176,9 @@ class Worker:
                 call = pickle.loads(frame.body)
                 self._functions.pop(call, None)
                 self._unloaded.pop(call, None)
+                self._constants.forget(call)
+            elif frame.kind == CONSTANTS:
+                self._constants.tell(*pickle.loads(frame.body))
             elif frame.kind == MARKS:
                 with contextlib.suppress(OSError):
                     self._mark = map_mark(*pickle.loads(frame.body))
@@ -214,7 +220,8 @@ class Worker:
         try:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
-            items = _load_items(head, data, frame.buffers[head.function_buffers :])
+            buffers = frame.buffers[head.function_buffers :]
+            items = _load_items(head, data, buffers, self._constants.loads_for(head.call))
             if len(items) != head.items:
                 raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
@@ -357,7 +364,12 @@ class Worker:
         return len(job.items) > -begun % job.chunk
 
 
-def _load_items(head: BatchHead, data: Buffer, buffers: Sequence[Buffer]) -> deque[Any]:
+def _load_items(
+    head: BatchHead,
+    data: Buffer,
+    buffers: Sequence[Buffer],
+    loads: Callable[[Buffer, Sequence[Buffer]], Any],
+) -> deque[Any]:
     if head.groups == 1:
         return deque(loads(data, buffers))
     items: deque[Any] = deque()
