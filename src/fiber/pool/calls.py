@@ -9,15 +9,24 @@ when the results before them are there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fiber.pool.constants import Constants
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
+from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Packed, dumps, is_plain
 
-__all__ = ["Call", "Options", "Sink", "name_of"]
+if TYPE_CHECKING:
+    from fiber.pool.constants import Constants
+
+__all__ = ["LEAST", "LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
+
+LEAST = 1 << 16
+"""Bytes of a pickle: what is smaller is sent with each task that has it."""
+
+LOOKED_AT = 256
+"""Items of a call, at the most, that are searched for what they have in common."""
 
 
 class Options(NamedTuple):
@@ -127,3 +136,19 @@ def name_of(function: Callable[..., Any]) -> str:
     while hasattr(function, "func"):  # functools.partial; its arguments may be megabytes
         function = function.func
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def need_a_look(items: Sequence[Any]) -> bool:
+    """Whether items may have something large in common; see `pool.constants`."""
+    if len(items) < 2:
+        return False
+    sample = items[:: -(-len(items) // LOOKED_AT)]
+    kinds = set(map(type, sample))
+    if kinds == {tuple}:
+        kinds = set(map(type, chain.from_iterable(sample)))
+    return not kinds <= PLAIN - SIZED
+
+
+def weight_of(packed: Packed) -> int:
+    """Return how many bytes it takes."""
+    return len(packed.data) + sum(map(len, packed.buffers))

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.config import config
 from fiber.errors import (
@@ -28,8 +28,7 @@ from fiber.errors import (
     WorkerDied,
 )
 from fiber.pool import protocol
-from fiber.pool.calls import Call, Options, Sink, name_of
-from fiber.pool.constants import Constants, constants_of, share_function
+from fiber.pool.calls import LEAST, Call, Options, Sink, name_of, need_a_look, weight_of
 from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
@@ -41,6 +40,9 @@ from fiber.runtime.loop import Event
 from fiber.wire import exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads, reason
+
+if TYPE_CHECKING:
+    from fiber.pool.constants import Constants
 
 __all__ = ["Master", "PoolStats"]
 
@@ -148,10 +150,18 @@ class Master:
 
     def constants_of(self, how: int, items: list[Any]) -> Constants | None:
         """Return what is to be sent once of all that the items have; not within the loop."""
+        if not need_a_look(items):
+            return None
+        from fiber.pool.constants import constants_of  # not needed to import Fiber
+
         return constants_of(how, items, self._crew.known_names, self._memory_folder)
 
     def share(self, packed: Packed) -> tuple[Packed, Any]:
         """Return a function as it shall travel, and what keeps it; not within the loop."""
+        if weight_of(packed) < LEAST:
+            return packed, None
+        from fiber.pool.constants import share_function
+
         return share_function(packed, self._memory_folder)
 
     def submit(

@@ -21,10 +21,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
-from fiber.pool.constants import Loader
 from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
     APPLY,
@@ -50,6 +49,9 @@ from fiber.wire import exceptions
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Buffer, Frame
 from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
+
+if TYPE_CHECKING:
+    from fiber.pool.loader import Loader
 
 __all__ = ["run"]
 
@@ -158,7 +160,7 @@ class Worker:
         self._patience = Patience()
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
-        self._constants = Loader()
+        self._constants: Loader | None = None
         self._job: _Job | None = None
         self._mark: list[int] | memoryview = [0]  # see `pool.marks`
         self._batches = 0  # how many were begun
@@ -176,9 +178,10 @@ class Worker:
                 call = pickle.loads(frame.body)
                 self._functions.pop(call, None)
                 self._unloaded.pop(call, None)
-                self._constants.forget(call)
+                if self._constants is not None:
+                    self._constants.forget(call)
             elif frame.kind == CONSTANTS:
-                self._constants.tell(*pickle.loads(frame.body))
+                self._learn(frame)
             elif frame.kind == MARKS:
                 with contextlib.suppress(OSError):
                     self._mark = map_mark(*pickle.loads(frame.body))
@@ -201,6 +204,14 @@ class Worker:
     def _send(self, kind: int, body: object, buffers: list[Buffer] | tuple[()] = ()) -> None:
         self._channel.send(kind, pickle.dumps(body, PROTOCOL), buffers)
 
+    def _learn(self, frame: Frame) -> None:
+        """Take note of constants that batches of a call refer to."""
+        if self._constants is None:
+            from fiber.pool.loader import Loader  # here, for few need it
+
+            self._constants = Loader()
+        self._constants.tell(*pickle.loads(frame.body))
+
     def _initialize(self, frame: Frame) -> bool:
         try:
             if len(frame.body):
@@ -221,7 +232,9 @@ class Worker:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
             buffers = frame.buffers[head.function_buffers :]
-            items = _load_items(head, data, buffers, self._constants.loads_for(head.call))
+            loader = self._constants
+            load = loads if loader is None else loader.loads_for(head.call)
+            items = _load_items(head, data, buffers, load)
             if len(items) != head.items:
                 raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
@@ -368,14 +381,14 @@ def _load_items(
     head: BatchHead,
     data: Buffer,
     buffers: Sequence[Buffer],
-    loads: Callable[[Buffer, Sequence[Buffer]], Any],
+    load: Callable[[Buffer, Sequence[Buffer]], Any],
 ) -> deque[Any]:
     if head.groups == 1:
-        return deque(loads(data, buffers))
+        return deque(load(data, buffers))
     items: deque[Any] = deque()
     groups = pickle.loads(data)
     for (group, _), its in zip(groups, split(buffers, [n for _, n in groups]), strict=True):
-        items.extend(loads(group, its))
+        items.extend(load(group, its))
     return items
 
 
