@@ -82,7 +82,13 @@ def is_flat(obj: object) -> bool:
     return kind is not dict or is_flat(tuple(obj.values()))  # type: ignore[attr-defined]
 
 
-def dumps(obj: object, known: Container[str] | None = None, *, share: bool = False) -> Packed:
+def dumps(
+    obj: object,
+    known: Container[str] | None = None,
+    *,
+    share: bool = False,
+    apart: int = _IN_BAND,
+) -> Packed:
     """Pickle `obj`, with its large buffers left out of band.
 
     Args:
@@ -91,6 +97,7 @@ def dumps(obj: object, known: Container[str] | None = None, *, share: bool = Fal
             and classes of `__main__` that it lacks are sent whole instead of by name.
         share: heed all that is registered with `ForkingPickler`. Such a pickle may be good for one
             receiver only, and only while this process lives.
+        apart: bytes from which on a buffer is kept out of band.
 
     Raises:
         SerializationError: it cannot be pickled; the message says what and why. An exception of
@@ -101,7 +108,7 @@ def dumps(obj: object, known: Container[str] | None = None, *, share: bool = Fal
     def keep(buffer: pickle.PickleBuffer) -> bool:
         """Say whether it goes in band."""
         raw = buffer.raw()
-        if raw.nbytes < _IN_BAND:
+        if raw.nbytes < apart:
             return True
         buffers.append(raw)
         return False
