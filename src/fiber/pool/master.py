@@ -30,14 +30,16 @@ from fiber.errors import (
 from fiber.pool import protocol
 from fiber.pool.calls import LEAST, Call, Options, Sink, name_of, need_a_look, weight_of
 from fiber.pool.crew import Crew, Settings, Worker
+from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import source_of
 from fiber.process import Process
 from fiber.resources import Resources
-from fiber.runtime import session
-from fiber.runtime.loop import Event
-from fiber.wire import exceptions
+from fiber.runtime import folders, session
+from fiber.runtime.logs import WARNING, log
+from fiber.runtime.loop import Event, Timer
+from fiber.wire import arena, exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads, reason
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Master", "PoolStats"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
+_LOOK = 1.0  # seconds between looks whether the user has let go of results
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -93,7 +96,8 @@ class Master:
 
     def __init__(self, settings: Settings, resources: Resources) -> None:
         self.settings = settings
-        self.loop = session.current().loop
+        self._session = session.current()
+        self.loop = self._session.loop
         self.closing = False
         self._scheduler = Scheduler()
         self._calls: dict[int, Call] = {}
@@ -105,6 +109,9 @@ class Master:
         self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
+        self._lending = Lending(self._session.arena)
+        self._blind: set[int] = set()  # workers that do not see what is lent to them
+        self._looking: Timer | None = None
         self._crew = Crew(settings, resources, self)
 
     def begin(self) -> None:
@@ -288,11 +295,32 @@ class Master:
         if self.closing:
             self._crew.dismiss()
 
+    # What is lent ------------------------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            self._looking = self.loop.call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """Give back what the user has let go of, which nothing tells."""
+        self._looking = None
+        self._give_back()
+        if self._lending.holding and self._crew.workers:
+            self._look_soon()
+
+    def _give_back(self) -> None:
+        for owner, body in self._lending.returns().items():
+            worker = self._crew.workers.get(owner)  # type: ignore[call-overload]
+            if worker is not None:
+                worker.post(protocol.RETURN, body)
+
     # What the scheduler asks for ---------------------------------------------------------------
 
     def _act(self) -> None:
         while self._dropped:
             self.cancel(self._dropped.popleft().call)
+        if self._lending.ended:
+            self._give_back()
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
         self._acting = True
@@ -352,7 +380,12 @@ class Master:
             len(function_buffers),
             len(function),
         )
-        worker.post(protocol.BATCH, head + function + data, [*function_buffers, *buffers])
+        kind, buffers = protocol.BATCH, [*function_buffers, *buffers]
+        if buffers and not (worker.child.agent.elsewhere or worker.id in self._blind):
+            kind, buffers = self._lending.pack(worker.id, kind, buffers)  # type: ignore[assignment]
+            if kind != protocol.BATCH:
+                self._session.tend_arena()
+        worker.post(kind, head + function + data, buffers)
         if call.timeout is not None:
             when = monotonic() + call.timeout
             worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
@@ -442,6 +475,11 @@ class Master:
             call.known_by.discard(worker.id)
             if call.constants is not None:
                 call.constants.told.discard(worker.id)
+        self._lending.gone(worker.id)
+        self._blind.discard(worker.id)
+        if not worker.child.agent.elsewhere:
+            memory = folders.memory_folder(self._session.folder)
+            arena.remove(memory, arena_name(worker.child.pid))
         self._act()
 
     def _is_innocent(self, worker: Worker) -> bool:
@@ -466,8 +504,21 @@ class Master:
             self.terminate(error)
 
     def worker_sent(self, worker: Worker, frame: Frame) -> None:
-        """A worker sent results, or could not load a batch."""
-        if frame.kind == protocol.RESULTS:
+        """A worker sent results, or could not load a batch, or gives back what it was lent."""
+        if frame.kind & LENT:
+            try:
+                frame = self._lending.unpack(worker.id, frame)
+            except OSError as error:
+                text = "results of %s cannot be read, so that it is ended: %s"
+                log(WARNING, text, worker.child.name, error)
+                worker.kill()  # they will be computed again elsewhere
+                return
+            self._look_soon()
+        if frame.kind == protocol.RETURN:
+            self._lending.taken_back(worker.id, frame.body)
+        elif frame.kind == protocol.BLIND:
+            self._on_blind(worker, pickle.loads(frame.body))
+        elif frame.kind == protocol.RESULTS:
             self._on_results(worker, frame)
         elif frame.kind == protocol.UNLOADABLE:
             self._on_unloadable(worker, frame)
@@ -519,6 +570,14 @@ class Master:
         )
         error.__cause__ = cause
         self._settle_failed(batch, error)
+
+    def _on_blind(self, worker: Worker, number: int) -> None:
+        self._blind.add(worker.id)
+        for batch in self._scheduler.batches_of(worker.id):
+            call = self._calls.get(batch.call.id)
+            if batch.id == number and call is not None:
+                call.known_by.discard(worker.id)
+        self._scheduler.unloadable(number)
 
     # The end -----------------------------------------------------------------------------------
 

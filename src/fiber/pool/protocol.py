@@ -1,7 +1,7 @@
 """What a pool's master and its workers say to each other.
 
-    master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, STOP ─► worker
-    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE ─ worker
+    master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, RETURN, STOP ─► worker
+    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, BLIND, RETURN ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
 the user travels inside them as bytes that were pickled apart, so that what cannot be unpickled
@@ -20,6 +20,7 @@ __all__ = [
     "APPLY",
     "BATCH",
     "BATCH_HEAD",
+    "BLIND",
     "CONSTANTS",
     "FORGET",
     "INITIALIZE",
@@ -27,6 +28,7 @@ __all__ = [
     "MAP",
     "MARKS",
     "RESULTS",
+    "RETURN",
     "STARMAP",
     "STOP",
     "UNLOADABLE",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
-MARKS, CONSTANTS = range(10, 12)
+MARKS, RETURN, BLIND, CONSTANTS = range(10, 14)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -51,6 +53,8 @@ MARKS, CONSTANTS = range(10, 12)
     UNLOADABLE          batch, exception
     MARKS               path, place; see `pool.marks`
     CONSTANTS           call, sources; see `pool.constants`
+    RETURN              loans that are over; see `pool.lending`
+    BLIND               batch, whose buffers cannot be seen where the master has put them
 """
 
 MAP, STARMAP, APPLY = range(3)

@@ -89,6 +89,7 @@ def dumps(
     *,
     share: bool = False,
     number: Number | None = None,
+    apart: int = _IN_BAND,
 ) -> Packed:
     """Pickle `obj`, with its large buffers left out of band.
 
@@ -100,6 +101,7 @@ def dumps(
             receiver only, and only while this process lives.
         number: returns the number by which the receiver knows an object, or None; such objects are
             left out, and it must unpickle by a `pickle.Unpickler` of its own.
+        apart: bytes from which on a buffer is kept out of band.
 
     Raises:
         SerializationError: it cannot be pickled; the message says what and why. An exception of
@@ -110,7 +112,7 @@ def dumps(
     def keep(buffer: pickle.PickleBuffer) -> bool:
         """Say whether it goes in band."""
         raw = buffer.raw()
-        if raw.nbytes < _IN_BAND:
+        if raw.nbytes < apart:
             return True
         buffers.append(raw)
         return False
