@@ -140,7 +140,9 @@ class ConstantRef(Ref):
             self._mine.copy.let_go()
 
     def lend(self) -> int:
-        """A handle is being pickled: return its ticket."""
+        """A handle is being pickled: return its ticket, 0 if it needs none."""
+        if session.lend(self):
+            return 0
         ticket = int.from_bytes(os.urandom(8), "big")
         if isinstance(self.way, Here):
             session.hand(self.id)
@@ -149,7 +151,8 @@ class ConstantRef(Ref):
 
     def arrived(self, ticket: int) -> None:
         """A handle was unpickled here."""
-        self._tell("arrived", ticket)
+        if ticket:
+            self._tell("arrived", ticket)
 
     def _tell(self, what: str, ticket: int) -> None:
         way = self.way

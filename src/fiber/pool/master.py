@@ -50,6 +50,7 @@ __all__ = ["Master", "PoolStats"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
 _LOOK = 1.0  # seconds between looks whether the user has let go of results
+_ARRIVES = 0.5  # seconds that a message to a home takes at the most, while nothing is stuck
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -112,6 +113,8 @@ class Master:
         self._lending = Lending(self._session.arena)
         self._blind: set[int] = set()  # workers that do not see what is lent to them
         self._looking: Timer | None = None
+        self._handles: dict[int, tuple[list[Any], bool]] = {}
+        """Of constants, by the batch that they are in; whether it was under way lately."""
         self._crew = Crew(settings, resources, self)
 
     def begin(self) -> None:
@@ -345,8 +348,10 @@ class Master:
         if call is None:
             return
         items = call.take(batch.start, batch.stop)
+        handles: list[Any] = []
         try:
-            data, buffers, groups = call.pack(items, self._crew.known_names)
+            with session.lending(handles):
+                data, buffers, groups = call.pack(items, self._crew.known_names)
         except BaseException as error:  # a user's code ran, and may have raised anything
             if len(items) > 1:
                 self._scheduler.unloadable(batch.id)  # one by one, to find which
@@ -356,6 +361,8 @@ class Master:
                 error = SerializationError(text)
             self._settle_failed(batch, error)
             return
+        if handles:
+            self._keep_handles(batch.id, handles)
         weight = (len(data) + sum(map(len, buffers))) / len(items)
         if call.constants is not None:
             weight += call.constants.size
@@ -389,6 +396,23 @@ class Master:
         if call.timeout is not None:
             when = monotonic() + call.timeout
             worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
+
+    def _keep_handles(self, batch: int, handles: list[Any]) -> None:
+        """Keep constants until a worker has unpickled the batch, and said so to their homes."""
+        if not self._handles:
+            self.loop.call_later(_ARRIVES, self._drop_handles)
+        self._handles[batch] = (handles, True)
+
+    def _drop_handles(self) -> None:
+        """Drop those of batches that are done, and were already the last time."""
+        under_way = {batch.id for batch in self._scheduler.assigned()}
+        self._handles = {
+            batch: (handles, batch in under_way)
+            for batch, (handles, fresh) in self._handles.items()
+            if fresh or batch in under_way
+        }
+        if self._handles:
+            self.loop.call_later(_ARRIVES, self._drop_handles)
 
     def _expire(self, batch: Batch, call: Call) -> None:
         """An item took too long: it fails, and its worker is ended."""

@@ -452,6 +452,28 @@ def handing() -> Iterator[set[int]]:
         _handing.handed = None
 
 
+@contextlib.contextmanager
+def lending(refs: list[Any]) -> Iterator[None]:
+    """Add to `refs`, in this thread, the constants whose handles are pickled meanwhile.
+
+    They are kept by who does this until the handles have arrived: they need no tickets.
+    """
+    _handing.refs = refs
+    try:
+        yield
+    finally:
+        _handing.refs = None
+
+
+def lend(ref: Any) -> bool:
+    """A handle of a constant is being pickled: whether somebody will keep it; see `lending`."""
+    refs: list[Any] | None = getattr(_handing, "refs", None)
+    if refs is None:
+        return False
+    refs.append(ref)
+    return True
+
+
 def hand(target: int) -> None:
     """An object of our home is being pickled."""
     handed: set[int] | None = getattr(_handing, "handed", None)
