@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +286,9 @@ def test_who_only_had_it_keeps_nothing(start: Start, until: Until) -> None:
     with fiber.Pool(2) as pool:
         for number in range(5):
             handle = fiber.put(np.full(SIZE, number))
-            assert set(pool.map(at_end, [handle] * 8, chunksize=1)) == {number}
+            found = pool.map(at_end, [handle] * 8, chunksize=1)
             del handle
+            assert set(found) == {number}
             gc.collect()
             until(lambda: not files(), "the end of the file")
         assert pool.map(mapped, range(8), chunksize=1) == [0] * 8
@@ -398,10 +399,12 @@ def test_many_come_and_go() -> None:
 
 
 @pytest.fixture
-def snapshot(tmp_path: Path) -> snapshots.Snapshot:
+def snapshot(tmp_path: Path) -> Iterator[snapshots.Snapshot]:
     (tmp_path / "home").mkdir()
     packed = Packed(b"pickle", [bytes(range(256)) * 4096, b"", b"x" * 5000])
-    return snapshots.Snapshot(packed, lambda: str(tmp_path / "home"))
+    made = snapshots.Snapshot(packed, lambda: str(tmp_path / "home"))
+    yield made
+    made.free()
 
 
 def copy_of(snapshot: snapshots.Snapshot, folder: Path, reads: Any) -> snapshots.Copy:
