@@ -14,9 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
+from fiber.wire.arena import LEAST
+from fiber.wire.pickling import PROTOCOL, Apart, Packed, dumps, is_plain
 
 __all__ = ["Call", "Options", "Sink", "name_of"]
+
+_FEW = 64  # items with large arguments that make a batch, about
 
 
 class Options(NamedTuple):
@@ -97,10 +100,11 @@ class Call:
         changes its argument shall not change that of another which happens to be in its batch.
         """
         if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(items, known)
+            packed = dumps(_set_apart(items, self.how), known)
             return packed.data, list(packed.buffers), 1
         groups = [
-            dumps(items[at : at + self.chunk], known) for at in range(0, len(items), self.chunk)
+            dumps(_set_apart(items[at : at + self.chunk], self.how), known)
+            for at in range(0, len(items), self.chunk)
         ]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
@@ -114,6 +118,25 @@ class Call:
                 end = self._settled.pop(end)
             del self.items[: end - self._first]
             self._first = end
+
+
+def _set_apart(items: list[Any], how: int) -> list[Any]:
+    """Have large bytes among items, or their arguments, travel apart from the pickle of all."""
+    kinds = set(map(type, items))
+    if bytes not in kinds and (len(items) > _FEW or tuple not in kinds):
+        return items
+    seen: dict[int, Apart] = {}  # what is one object arrives as one
+
+    def apart(value: Any) -> Any:
+        if type(value) is tuple and any(type(v) is bytes and len(v) >= LEAST for v in value):
+            return tuple(map(apart, value))
+        if type(value) is bytes and len(value) >= LEAST:
+            return seen.setdefault(id(value), Apart(value))
+        return value
+
+    if how == APPLY:
+        return [(apart(args), kwargs) for args, kwargs in items]
+    return list(map(apart, items))
 
 
 def name_of(function: Callable[..., Any]) -> str:

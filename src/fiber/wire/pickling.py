@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 from fiber.errors import SerializationError
 from fiber.wire.framing import Buffer
 
-__all__ = ["Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
+__all__ = ["Apart", "Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
 
 PROTOCOL = 5
 
@@ -60,6 +60,18 @@ class Packed(NamedTuple):
     buffers: Sequence[Buffer]
     by_name: bool = True
     """Whether functions and classes went by their names."""
+
+
+class Apart:
+    """Stands for bytes, or a bytearray, that shall travel out of band; it arrives as these."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes | bytearray) -> None:
+        self.value = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self.value), (pickle.PickleBuffer(self.value),)
 
 
 def is_plain(values: Sequence[object]) -> bool:
