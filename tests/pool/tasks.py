@@ -422,7 +422,15 @@ def length(counted: Any, _: object = None) -> int:
     return len(counted.data)
 
 
+class Job:
+    def __init__(self, data: Any, number: int) -> None:
+        self.data = data
+        self.number = number
+
+
 def length_within(item: Any) -> int:
+    if isinstance(item, Job):
+        return len(item.data.data)
     return len((item["it"] if isinstance(item, dict) else item[1]).data)
 
 

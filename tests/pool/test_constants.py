@@ -76,7 +76,7 @@ def test_an_argument_that_tasks_share_is_pickled_once(
     assert Counted.pickled == 2
 
 
-@pytest.mark.parametrize("wrap", [lambda x, i: (i, x), lambda x, i: {"it": x, "i": i}])
+@pytest.mark.parametrize("wrap", [lambda x, i: (i, x), lambda x, i: {"it": x, "i": i}, tasks.Job])
 def test_so_is_what_is_in_a_container(
     pool: fiber.Pool, counted: Counted, wrap: Callable[..., Any]
 ) -> None:

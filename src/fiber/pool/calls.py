@@ -138,19 +138,21 @@ def _set_apart(items: list[Any], how: int, number: Number | None) -> list[Any]:
     if bytes not in kinds and (len(items) > _FEW or tuple not in kinds):
         return items
     seen: dict[int, Apart] = {}  # what is one object arrives as one
-
-    def apart(value: Any) -> Any:
-        if number is not None and number(value) is not None:
-            return value
-        if type(value) is tuple and any(type(v) is bytes and len(v) >= LEAST for v in value):
-            return tuple(map(apart, value))
-        if type(value) is bytes and len(value) >= LEAST:
-            return seen.setdefault(id(value), Apart(value))
-        return value
-
     if how == APPLY:
-        return [(apart(args), kwargs) for args, kwargs in items]
-    return list(map(apart, items))
+        return [(_apart(args, seen, number), kwargs) for args, kwargs in items]
+    return [_apart(item, seen, number) for item in items]
+
+
+def _apart(value: Any, seen: dict[int, Apart], number: Number | None) -> Any:
+    """Return what is to be pickled instead of an item, or of one of its arguments."""
+    # No closure that calls itself: that would keep large data until the collector comes.
+    if number is not None and number(value) is not None:
+        return value
+    if type(value) is tuple and any(type(v) is bytes and len(v) >= LEAST for v in value):
+        return tuple([_apart(v, seen, number) for v in value])
+    if type(value) is bytes and len(value) >= LEAST:
+        return seen.setdefault(id(value), Apart(value))
+    return value
 
 
 def name_of(function: Callable[..., Any]) -> str:

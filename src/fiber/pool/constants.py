@@ -11,6 +11,7 @@ to it. A function whose pickle is large, with what a closure or a partial holds,
 from __future__ import annotations
 
 import pickle
+import types
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ _FEW = 16  # elements of a container that are
 _DEPTH = 2  # containers within each other
 _FIXED = PLAIN - SIZED
 _CONTAINERS = (tuple, list, dict)
+_NAMED = (type, types.FunctionType, types.ModuleType)
 
 
 Folder = Callable[[], str]
@@ -84,11 +86,13 @@ def constants_of(
     sample = items[:: -(-len(items) // LOOKED_AT)]
     constants = None
     for obj in _common(sample, _DEPTH + (how == STARMAP)):
+        session.lend_to([])  # the items keep what has handles among them
         try:
-            with session.lending([]):  # the items keep what has handles among them
-                packed = dumps(obj, known)
+            packed = dumps(obj, known)
         except Exception:
             continue  # the items that have it will tell
+        finally:
+            session.lend_to(None)
         if weight_of(packed) >= LEAST:
             constants = constants or Constants()
             constants.add(obj, packed, folder)
@@ -118,9 +122,24 @@ def _within(obj: Any, depth: int, ends: Container[int]) -> Iterator[Any]:
     if kind in _FIXED or (kind in SIZED and len(obj) < LEAST):
         return
     yield obj
-    if depth and kind in _CONTAINERS and len(obj) <= _FEW and id(obj) not in ends:
-        for element in obj.values() if kind is dict else obj:
+    if depth and id(obj) not in ends:
+        for element in _elements(obj, kind):
             yield from _within(element, depth - 1, ends)
+
+
+def _elements(obj: Any, kind: type) -> Sequence[Any]:
+    """Return what is in a container, or the attributes of an object, if these are a few."""
+    if kind not in _CONTAINERS:
+        if kind in _NAMED:
+            return ()
+        try:
+            obj = object.__getattribute__(obj, "__dict__")
+        except AttributeError:
+            return ()
+        kind = type(obj)
+    if len(obj) > _FEW:
+        return ()
+    return list(obj.values()) if kind is dict else obj
 
 
 def share_function(packed: Packed, folder: Folder) -> tuple[Packed, Any]:

@@ -349,9 +349,9 @@ class Master:
             return
         items = call.take(batch.start, batch.stop)
         handles: list[Any] = []
+        session.lend_to(handles)
         try:
-            with session.lending(handles):
-                data, buffers, groups = call.pack(items, self._crew.known_names)
+            data, buffers, groups = call.pack(items, self._crew.known_names)
         except BaseException as error:  # a user's code ran, and may have raised anything
             if len(items) > 1:
                 self._scheduler.unloadable(batch.id)  # one by one, to find which
@@ -361,6 +361,8 @@ class Master:
                 error = SerializationError(text)
             self._settle_failed(batch, error)
             return
+        finally:
+            session.lend_to(None)
         if handles:
             self._keep_handles(batch.id, handles)
         weight = (len(data) + sum(map(len, buffers))) / len(items)

@@ -452,21 +452,16 @@ def handing() -> Iterator[set[int]]:
         _handing.handed = None
 
 
-@contextlib.contextmanager
-def lending(refs: list[Any]) -> Iterator[None]:
-    """Add to `refs`, in this thread, the constants whose handles are pickled meanwhile.
+def lend_to(refs: list[Any] | None) -> None:
+    """From now on, add to `refs` the constants whose handles this thread pickles; None: no more.
 
     They are kept by who does this until the handles have arrived: they need no tickets.
     """
     _handing.refs = refs
-    try:
-        yield
-    finally:
-        _handing.refs = None
 
 
 def lend(ref: Any) -> bool:
-    """A handle of a constant is being pickled: whether somebody will keep it; see `lending`."""
+    """A handle of a constant is being pickled: whether somebody keeps it; see `lend_to`."""
     refs: list[Any] | None = getattr(_handing, "refs", None)
     if refs is None:
         return False
