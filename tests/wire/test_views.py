@@ -102,6 +102,27 @@ def test_a_view_outlives_its_file_and_who_made_it(block: Path) -> None:
     assert bytes(view) == b"c" * 100
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_forgotten_is_not_heard_of_and_not_kept_open(
+    block: Path, tmp_path: Path, first: bool
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(PAGE))
+    views = Views()
+    kept, *others = [views.view(str(block), n * PAGE, 10, n) for n in range(3)]
+    its = views.view(str(other), 0, 10, "other")
+    if first:
+        others.pop()
+    views.forget(str(block))
+    others.clear()
+    del its
+    assert tokens(views) == ["other"]
+    assert len(views) == 0
+    assert bytes(kept) == b"a" * 10
+    del kept
+    assert not [line for line in maps() if line.endswith(str(block))]
+
+
 def test_views_that_are_alone_do_not_see_each_other(block: Path) -> None:
     views = Views()
     one = views.view(str(block), 0, 10, 1, alone=True)

@@ -110,7 +110,7 @@ class Lending:
     def _see(self, owner: Hashable, loan: Loan) -> Buffer:
         try:
             view = self._views.view(loan.path, loan.offset, loan.size, (owner, loan.id))
-        except OSError:  # there is no room for another mapping perhaps
+        except (OSError, ValueError, ImportError):  # no room for a mapping perhaps, or no ctypes
             copy = bytearray(loan.size)
             with open(loan.path, "rb", buffering=0) as file:
                 file.seek(loan.offset)

@@ -224,28 +224,31 @@ class Worker:
                 return
 
     def _next(self) -> Frame:
+        lending = self._lending
         while not self._inbox:
-            if self._lending.holding or self._lending.arena.backed:
-                self._tidy()
+            if lending.ended:
+                with self._lock:
+                    self._give_back()
+                    self._channel.flush()
             patience = self._patience
             patience.begin()
             while patience.looks and not self._arrived.poll(0) and patience.lasts():
                 pass
+            if lending.holding or lending.arena.backed:
+                self._tidy()
             self._inbox.extend(self._channel.read())
             patience.end()
         return self._inbox.popleft()
 
     def _tidy(self) -> None:
-        """Give back what is over, and while there is nothing else to do what is not needed."""
-        timeout = 0.0
-        while not self._arrived.poll(timeout * 1000):
+        """While nothing comes: give back what is over, and give up memory that is not needed."""
+        lending = self._lending
+        while not self._arrived.poll(TICK * 1000):
             with self._lock:
-                if self._lending.ended:
-                    self._give_back()
-                    self._channel.flush()
-                if timeout and not self._lending.arena.tick() and not self._lending.holding:
+                self._give_back()
+                self._channel.flush()
+                if not lending.arena.tick() and not lending.holding:
                     return
-            timeout = TICK
 
     def _give_back(self) -> None:
         """Post what is over. With the lock."""

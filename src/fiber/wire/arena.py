@@ -104,14 +104,14 @@ class Arena:
             if taken is None:
                 return None
             slab, index = taken
-            start = at = index * slab.capacity
-            for piece in pieces:
-                slab.memory[at : at + len(piece)] = piece
-                at += len(piece)
             self._ids += 1
             self._loans[self._ids] = taken
             slab.lent += 1
             self.lent += slab.capacity
+            start = at = index * slab.capacity
+            for piece in pieces:
+                slab.memory[at : at + len(piece)] = piece
+                at += len(piece)
             return Loan(self._ids, slab.path, start, size)
 
     def take_back(self, id: int, *, forked: bool = False) -> None:

@@ -154,7 +154,8 @@ class Views:
                     stack.callback(os.close, pages)
             while self._gone:
                 lease = self._gone.popleft()
-                del self._leases[id(lease)]
+                if self._leases.pop(id(lease), None) is None:
+                    continue  # it was forgotten
                 mapping = lease.mapping
                 mapping.views -= 1
                 if self._mappings.get(mapping.path) is mapping:
@@ -176,12 +177,20 @@ class Views:
                 del self._mappings[path]
 
     def forget(self, path: str) -> None:
-        """The file is gone, or will be: keep no mapping of it. Views stay."""
+        """Nobody wants to hear of this file any more: keep no mapping of it. Views stay."""
         self._mappings.pop(path, None)
+        leases = list(self._leases.values())
+        self._leases = {id(lease): lease for lease in leases if lease.mapping.path != path}
+        for _ in range(len(self._gone)):  # which may grow meanwhile
+            lease = self._gone.popleft()
+            if id(lease) in self._leases:
+                self._gone.append(lease)
 
     def close(self) -> None:
-        """Keep no mapping at all. Views stay."""
+        """Forget all files."""
         self._mappings.clear()
+        self._leases.clear()
+        self._gone.clear()
 
     def _fork_comes(self) -> None:
         for lease in list(self._leases.values()):
