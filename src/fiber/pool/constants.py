@@ -89,7 +89,7 @@ def constants_of(
         session.lend_to([])  # the items keep what has handles among them
         try:
             packed = dumps(obj, known)
-        except Exception:
+        except (Exception, SystemExit):
             continue  # the items that have it will tell
         finally:
             session.lend_to(None)
