@@ -90,6 +90,9 @@ def test_an_argument_whose_pickling_ends_the_program_costs_its_item(pool: fiber.
     results = pool.map(type, [*range(200), Evil()], return_exceptions=True)
     assert results[:200] == [int] * 200
     assert isinstance(results[200], fiber.SerializationError)
+    evil = Evil()
+    results = pool.map(type, [evil] * 2, return_exceptions=True)
+    assert [type(result) for result in results] == [fiber.SerializationError] * 2
     assert pool.apply(abs, (-1,)) == 1
 
 

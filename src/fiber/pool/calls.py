@@ -9,14 +9,24 @@ when the results before them are there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
+from fiber.wire.arena import LEAST
+from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Apart, Number, Packed, dumps, is_plain
 
-__all__ = ["Call", "Options", "Sink", "name_of"]
+if TYPE_CHECKING:
+    from fiber.pool.constants import Constants
+
+__all__ = ["LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
+
+LOOKED_AT = 256
+"""Items of a call, at the most, that are searched for what they have in common."""
+
+_FEW = 64  # items with large arguments that make a batch, about
 
 
 class Options(NamedTuple):
@@ -78,6 +88,9 @@ class Call:
         """Results of a stream that were taken."""
         self.iterator: Any = None
         """A weak reference to who hands out the results of a stream."""
+        self.constants: Constants | None = None
+        self.keeps: Any = None
+        """What keeps a function that the workers share."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
@@ -96,12 +109,12 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
+        number = self.constants.number if self.constants is not None else None
         if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(items, known)
+            packed = dumps(_set_apart(items, self.how, number), known, number=number)
             return packed.data, list(packed.buffers), 1
-        groups = [
-            dumps(items[at : at + self.chunk], known) for at in range(0, len(items), self.chunk)
-        ]
+        chunks = (items[at : at + self.chunk] for at in range(0, len(items), self.chunk))
+        groups = [dumps(_set_apart(c, self.how, number), known, number=number) for c in chunks]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
 
@@ -116,8 +129,50 @@ class Call:
             self._first = end
 
 
+def _set_apart(items: list[Any], how: int, number: Number | None) -> list[Any]:
+    """Have large bytes among items, or their arguments, travel apart from the pickle of all.
+
+    What has a number does not travel with them.
+    """
+    kinds = set(map(type, items))
+    if bytes not in kinds and (len(items) > _FEW or tuple not in kinds):
+        return items
+    seen: dict[int, Apart] = {}  # what is one object arrives as one
+    if how == APPLY:
+        return [(_apart(args, seen, number), kwargs) for args, kwargs in items]
+    return [_apart(item, seen, number) for item in items]
+
+
+def _apart(value: Any, seen: dict[int, Apart], number: Number | None) -> Any:
+    """Return what is to be pickled instead of an item, or of one of its arguments."""
+    # No closure that calls itself: that would keep large data until the collector comes.
+    if number is not None and number(value) is not None:
+        return value
+    if type(value) is tuple and any(type(v) is bytes and len(v) >= LEAST for v in value):
+        return tuple([_apart(v, seen, number) for v in value])
+    if type(value) is bytes and len(value) >= LEAST:
+        return seen.setdefault(id(value), Apart(value))
+    return value
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return what people call a function."""
     while hasattr(function, "func"):  # functools.partial; its arguments may be megabytes
         function = function.func
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def need_a_look(items: Sequence[Any]) -> bool:
+    """Whether items may have something large in common; see `pool.constants`."""
+    if len(items) < 2:
+        return False
+    sample = items[:: -(-len(items) // LOOKED_AT)]
+    kinds = set(map(type, sample))
+    if kinds == {tuple}:
+        kinds = set(map(type, chain.from_iterable(sample)))
+    return not kinds <= PLAIN - SIZED
+
+
+def weight_of(packed: Packed) -> int:
+    """Return how many bytes it takes."""
+    return len(packed.data) + sum(map(len, packed.buffers))

@@ -367,11 +367,16 @@ class TlsSocket:
                     return call(*args)
             except OSError as error:
                 plain = _plain(error)
-                if not isinstance(plain, BlockingIOError):
-                    raise plain from None
-                self.wants_write = _wants_write(error)
-                if self._timeout == 0:
-                    raise plain from None
+                try:
+                    if not isinstance(plain, BlockingIOError):
+                        raise plain from None
+                    self.wants_write = _wants_write(error)
+                    if self._timeout == 0:
+                        raise plain from None
+                finally:
+                    # Or it would keep, until the collector comes, what it went through: the frames
+                    # of whoever led the loop, with all that the user's function has.
+                    del plain
             if self._timeout is not None and deadline is None:
                 deadline = monotonic() + self._timeout
             self._wait(deadline)
