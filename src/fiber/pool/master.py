@@ -44,6 +44,7 @@ from fiber.wire.pickling import Packed, dumps, loads, reason
 __all__ = ["Master", "PoolStats"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
+_SMALL = 1 << 16  # bytes of a function that a worker may keep until it hears from us again
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -256,10 +257,24 @@ class Master:
     def _forget(self, call: Call) -> None:
         if call.source is not None:
             call.source.stop()
-        for number in call.known_by:
-            self._crew.workers[number].post(protocol.FORGET, pickle.dumps(call.id))
+        if call.known_by:
+            self._tell_to_forget(call)
         if self.closing:
             self._crew.dismiss()
+
+    def _tell_to_forget(self, call: Call) -> None:
+        """Have the workers let go of a function: at once only if that frees a good deal.
+
+        To wake a worker costs more than a short task; there may be a thousand.
+        """
+        body = pickle.dumps(call.id)
+        size = len(call.packed.data) + sum(map(len, call.packed.buffers))
+        for number in call.known_by:
+            worker = self._crew.workers[number]
+            worker.knows.discard(call.id)
+            if worker.link is not None:
+                tell = worker.link.post if size > _SMALL else worker.link.enclose
+                tell(protocol.FORGET, body)
 
     # What the scheduler asks for ---------------------------------------------------------------
 
@@ -279,7 +294,7 @@ class Master:
                     elif isinstance(action, Fail):
                         self._fail(action)
                     elif isinstance(action, Retire):
-                        self._crew.workers[action.worker].stop()
+                        self._crew.retire(self._crew.workers[action.worker])
                         self._crew.recruit()
         finally:
             self._acting = False
@@ -307,6 +322,7 @@ class Master:
             function, function_buffers, _ = call.packed  # type: ignore[assignment]
             if call.how != protocol.APPLY:
                 call.known_by.add(worker.id)
+                worker.knows.add(call.id)
         head = protocol.BATCH_HEAD.pack(
             batch.id,
             call.id,
@@ -404,8 +420,9 @@ class Master:
     def worker_down(self, worker: Worker) -> None:
         """A worker has ended: its work goes to others."""
         self._scheduler.worker_down(worker.id, charged=not self._is_innocent(worker))
-        for call in self._calls.values():
-            call.known_by.discard(worker.id)
+        for id in worker.knows:
+            if id in self._calls:
+                self._calls[id].known_by.discard(worker.id)
         self._act()
 
     def _is_innocent(self, worker: Worker) -> bool:
@@ -473,6 +490,7 @@ class Master:
             return
         (batch,) = found
         call.known_by.discard(worker.id)
+        worker.knows.discard(call.id)
         if batch.stop - batch.start > 1:
             self._scheduler.unloadable(number)
             return
