@@ -171,6 +171,12 @@ class Config:
         "a whole number of at least 1",
         "Memory that the items read ahead by imap may take, in MB.",
     )
+    pool_idle_timeout = Key[float](
+        parsers.seconds,
+        60.0,
+        "a number of seconds above 0",
+        "How long a worker of an elastic pool may be idle before it ends.",
+    )
     workers_per_job = Key[int](
         parsers.integer(1),
         1,

@@ -33,7 +33,7 @@ class Berths:
         session: of this process.
         backend: of the pool.
         resources: of each worker.
-        workers: how many there will be.
+        workers: how many there will be at first.
         on_ending: called with an agent that was asked to end, by its manager perhaps.
 
     Attributes:
@@ -119,6 +119,10 @@ class Berths:
                     return agent
                 found = found or agent
         return found
+
+    def filled(self, workers: int) -> int:
+        """Return how many workers there are room for in the jobs that `workers` take."""
+        return -(-workers // self._each) * self._each if self.elsewhere else workers
 
     def leave(self, agent: Agent) -> None:
         """A worker has ended."""

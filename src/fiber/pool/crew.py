@@ -50,10 +50,16 @@ _TAIL_LINES = 20
 
 
 class Settings(NamedTuple):
-    """What a pool was asked for."""
+    """What a pool was asked for.
+
+    Attributes:
+        processes: how many workers, at the most.
+        least: how many at the least; as many, or fewer if the pool is elastic.
+    """
 
     backend: str
     processes: int
+    least: int
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
     maxtasksperchild: int | None
@@ -154,7 +160,7 @@ class Foreman(Protocol):
 
 
 class Crew:
-    """Keeps as many workers as the settings ask for.
+    """Keeps as many workers as its target says.
 
     Args:
         settings: of the pool.
@@ -163,6 +169,7 @@ class Crew:
 
     Attributes:
         workers: those whose processes have not ended, by number.
+        target: how many there should be.
         died: how many ended without being asked to.
         gone: set when it was dismissed and the last worker has ended.
 
@@ -174,6 +181,8 @@ class Crew:
     def __init__(self, settings: Settings, resources: Resources, foreman: Foreman) -> None:
         self.settings = settings
         self.workers: dict[int, Worker] = {}
+        # One shows that there can be workers, before anything is asked of them.
+        self.target = max(settings.least, 1)
         self.died = 0
         self.gone = Event()
         self._session = session.current()
@@ -192,7 +201,7 @@ class Crew:
         near = not self._session.agency.is_elsewhere(settings.backend)
         make_room(settings.processes, 1 if near else 2, 3 if near else 0)
         self._berths = Berths(
-            self._session, settings.backend, resources, settings.processes, self._agent_ends
+            self._session, settings.backend, resources, self.target, self._agent_ends
         )
         self._marks: Marks | None = None  # from the first death on
         self._initialization = Packed(b"", ())
@@ -215,11 +224,45 @@ class Crew:
             self._start()
 
     def _needs_more(self) -> bool:
-        if self._active >= self.settings.processes or len(self._coming) >= self._at_once:
+        if self._active >= self.target or len(self._coming) >= self._at_once:
             return False
         if self._dismissed and not self._foreman.has_work:
             return False
         return not (self._resting and self._some_are_up)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the workers are apart from this process."""
+        return self._berths.elsewhere
+
+    @property
+    def up(self) -> int:
+        """How many workers take batches."""
+        return sum(worker.up and not worker.stopping for worker in self.workers.values())
+
+    def fitting(self, target: int) -> int:
+        """Return how many workers fill the jobs that `target` of them take."""
+        return self._berths.filled(target)
+
+    def resize(self, target: int) -> None:
+        """Have `target` workers; if there are more, it is for others to say who ends."""
+        self.target = target
+        self.recruit()
+
+    def call_off(self, most: int) -> None:
+        """Give up jobs elsewhere that have not begun, and `most` workers with them, as they fit."""
+        crews: dict[Agent, list[Worker]] = {}
+        for worker in self.workers.values():
+            agent = worker.child.agent
+            if agent.elsewhere and not agent.ready.is_set:
+                crews.setdefault(agent, []).append(worker)
+        for agent, workers in crews.items():
+            if len(workers) <= most:
+                most -= len(workers)
+                self.target -= sum(not worker.stopping for worker in workers)
+                for worker in workers:
+                    self._write_off(worker)
+                agent.close()
 
     def retire(self, worker: Worker) -> None:
         """Ask it to end when it has done what it has."""

@@ -30,6 +30,7 @@ from fiber.errors import (
 from fiber.pool import protocol
 from fiber.pool.calls import Call, Options, Sink, name_of
 from fiber.pool.crew import Crew, Settings, Worker
+from fiber.pool.elastic import Elastic
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import source_of
@@ -52,7 +53,7 @@ class PoolStats(NamedTuple):
     """A pool at one moment.
 
     Attributes:
-        processes: workers that it should have.
+        processes: workers that it should have, just now if it is elastic.
         ready: workers that are up.
         waiting: items that no worker has.
         running: items that workers have.
@@ -60,6 +61,7 @@ class PoolStats(NamedTuple):
         failed: items that failed by a worker's death or a time-out.
         died: workers that ended without being asked to.
         seconds: spent in tasks by all workers together.
+        minimum, maximum: what `processes` may be: the same if the pool is not elastic.
     """
 
     processes: int
@@ -70,6 +72,8 @@ class PoolStats(NamedTuple):
     failed: int
     died: int
     seconds: float
+    minimum: int
+    maximum: int
 
 
 class _Reference(weakref.ref[IMapUnorderedIterator]):
@@ -103,12 +107,18 @@ class Master:
         self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
+        self._streams: dict[int, Call] = {}  # calls whose items come as they are needed
         self._crew = Crew(settings, resources, self)
+        self._elastic: Elastic | None = None
+        if settings.least < settings.processes:
+            self._elastic = Elastic(self.loop, self._scheduler, self._crew, self._resized)
 
     def begin(self) -> None:
         """Start the workers."""
         with self.loop:
             self._crew.recruit()
+            if self._elastic is not None:
+                self._elastic.look()
 
     @property
     def gone(self) -> Event:
@@ -173,7 +183,8 @@ class Master:
         call = self._new_call(function, packed, how, arrivals, options)
         call.iterator = _Reference(results, self._dropped.append)
         call.iterator.call = call.id
-        ahead = config.imap_buffer * self.settings.processes
+        self._streams[call.id] = call
+        ahead = config.imap_buffer * max(self._crew.target, 1)
         call.source = source_of(self.loop, iterable, lambda: self._feed(call), ahead)
         self._schedule(call, None, options)
         self._feed(call)
@@ -231,7 +242,8 @@ class Master:
             return _READ_AHEAD
         workers = max(len(self._crew.workers), 1)
         batch = self._scheduler.batch_items(call.id)
-        most = max(config.imap_buffer * self.settings.processes, 4 * batch * workers)
+        buffer = config.imap_buffer * max(self._crew.target, 1)
+        most = max(buffer, 4 * batch * workers)
         weight = self._scheduler.weight(call.id)
         if weight:
             most = min(most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * workers))
@@ -255,6 +267,7 @@ class Master:
             self._act()
 
     def _forget(self, call: Call) -> None:
+        self._streams.pop(call.id, None)
         if call.source is not None:
             call.source.stop()
         if call.known_by:
@@ -294,10 +307,14 @@ class Master:
                     elif isinstance(action, Fail):
                         self._fail(action)
                     elif isinstance(action, Retire):
+                        if action.needless:
+                            self._crew.target -= 1
                         self._crew.retire(self._crew.workers[action.worker])
                         self._crew.recruit()
         finally:
             self._acting = False
+        if self._elastic is not None:
+            self._elastic.look()
 
     def _send(self, batch: Batch) -> None:
         call = self._calls.get(batch.call.id)
@@ -412,6 +429,17 @@ class Master:
         """A worker is ready."""
         self._scheduler.worker_up(worker.id, self.settings.maxtasksperchild)
         self._act()
+        self._feed_all()
+
+    def _feed_all(self) -> None:
+        """There are more workers: streams are read further ahead."""
+        for call in list(self._streams.values()):
+            self._feed(call)
+
+    def _resized(self) -> None:
+        """The crew has got another size, or workers are to go."""
+        self._feed_all()
+        self._act()
 
     def worker_lost(self, worker: Worker) -> None:
         """A worker hung up."""
@@ -519,6 +547,9 @@ class Master:
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
         self.closing = True
+        if self._elastic is not None:
+            self._elastic.stop()
+        self._streams.clear()
         reason = error or PoolTerminated("the pool was terminated")
         calls, self._calls = self._calls, {}
         for call in calls.values():
@@ -530,16 +561,17 @@ class Master:
 
     def stats(self) -> PoolStats:
         """Return how the pool is."""
-        workers = self._crew.workers.values()
         return PoolStats(
-            processes=self.settings.processes,
-            ready=sum(worker.up and not worker.stopping for worker in workers),
+            processes=self._crew.target,
+            ready=self._crew.up,
             waiting=self._scheduler.waiting,
             running=sum(batch.stop - batch.start for batch in self._scheduler.assigned()),
             done=self._done - self._failed,
             failed=self._failed,
             died=self._crew.died,
             seconds=self._seconds,
+            minimum=self.settings.least,
+            maximum=self.settings.processes,
         )
 
     def processes(self) -> list[Process]:
