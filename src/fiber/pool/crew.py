@@ -240,6 +240,11 @@ class Crew:
         """How many workers take batches."""
         return sum(worker.up and not worker.stopping for worker in self.workers.values())
 
+    @property
+    def coming(self) -> bool:
+        """Whether processes on this machine are just being started."""
+        return bool(self._coming)
+
     def fitting(self, target: int) -> int:
         """Return how many workers fill the jobs that `target` of them take."""
         return self._berths.filled(target)

@@ -65,13 +65,12 @@ class Elastic:
         self._growing = None
         worth = _WORTH_ELSEWHERE if self._crew.elsewhere else _WORTH
         more = self._scheduler.shortage(worth)
-        if more:
-            # Those that are on their way count: not the target, but who is up, falls short.
+        if more and not self._crew.coming:  # here one is there in a moment
             self._resize(min(self._most, self._crew.up + more))
         self.look()
 
     def _resize(self, target: int) -> None:
-        if target > self._crew.target:
+        if target > self._crew.target:  # that includes those that start
             self._crew.resize(min(self._most, self._crew.fitting(target)))
             self._act()
 
