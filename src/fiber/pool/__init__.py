@@ -458,7 +458,10 @@ class Pool:
         """Return the process IDs of the workers."""
         assert self._master is not None
         self._loop.poll()
-        with self._loop:
+        with self._loop as loop:
+            # What has done a task may have been faster than the word of its start.
+            for started in self._master.unheard():
+                loop.wait_within(started)
             return self._master.pids()
 
 

@@ -578,6 +578,11 @@ class Master:
         """Return the workers that have not ended."""
         return [worker.process for worker in self._crew.workers.values()]
 
+    def unheard(self) -> list[Event]:
+        """Return what will be set when those workers have a process ID that are up without one."""
+        workers = self._crew.workers.values()
+        return [w.child.started for w in workers if w.up and not w.child.started.is_set]
+
     def pids(self) -> list[int]:
         """Return the process IDs of the workers that run."""
         children = [worker.child for worker in self._crew.workers.values()]
