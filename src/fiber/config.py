@@ -177,6 +177,12 @@ class Config:
         "a whole number of at least 0",
         "Shared memory that each process may lend to others, in MB; None: half of what is free.",
     )
+    pool_idle_timeout = Key[float](
+        parsers.seconds,
+        60.0,
+        "a number of seconds above 0",
+        "How long a worker of an elastic pool may be idle before it ends.",
+    )
     workers_per_job = Key[int | None](
         parsers.integer(1),
         None,

@@ -72,7 +72,7 @@ class FiberContext(_Base):
 
     def Pool(
         self,
-        processes: int | None = None,
+        processes: int | tuple[int, int] | None = None,
         initializer: Callable[..., Any] | None = None,
         initargs: Iterable[Any] = (),
         maxtasksperchild: int | None = None,

@@ -97,7 +97,7 @@ class Process(_mp_process.BaseProcess):
             raise AssertionError("cannot start a process twice")
         if self._parent_pid != os.getpid():
             raise AssertionError("can only start a process object created by current process")
-        _mp_process._cleanup()  # type: ignore[attr-defined]
+        _forget_ended()
         self._chosen = self._chosen or start_method
         self._popen = Popen(self)
         self._sentinel = None  # the property below makes one when it is asked for
@@ -131,6 +131,19 @@ class Process(_mp_process.BaseProcess):
     def release(self) -> None:
         """It has ended: `active_children` need not show it any more."""
         _mp_process._children.discard(self)  # type: ignore[attr-defined]
+
+
+def _forget_ended() -> None:
+    """Forget the processes that have ended, as multiprocessing does when it starts another.
+
+    Not by `poll`, which would look at the sockets once for each of hundreds.
+    """
+    children: set[Any] = _mp_process._children  # type: ignore[attr-defined]
+    for child in list(children):
+        popen = child._popen
+        ours = isinstance(popen, Popen)
+        if popen.child.ended.is_set if ours else popen and popen.poll() is not None:
+            children.discard(child)
 
 
 def _forget_after_fork() -> None:

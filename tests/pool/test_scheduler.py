@@ -67,6 +67,11 @@ class ModelWorker:
     begun: int = 0
     retired: bool = False
     ending: bool = False
+    ages: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.batches or self.retired or self.ending)
 
 
 class Pool(RuleBasedStateMachine):
@@ -275,6 +280,16 @@ class Pool(RuleBasedStateMachine):
         self.scheduler.worker_lost(number)
         self.carry_out()
 
+    @rule(ages=st.integers(1, 3), spare=st.integers(0, 3))
+    def age(self, ages: int, spare: int) -> None:
+        for worker in self.workers.values():
+            worker.ages += worker.idle
+        old = {n for n, worker in self.workers.items() if worker.idle and worker.ages >= ages}
+        self.scheduler.age(ages, spare)
+        self.carry_out()
+        gone = {number for number in old if self.workers[number].retired}
+        assert len(gone) == min(len(old), spare)
+
     # What comes twice, or too late ---------------------------------------------------------------
 
     @precondition(lambda self: bool(self.past))
@@ -326,7 +341,10 @@ class Pool(RuleBasedStateMachine):
                 worker = self.workers[action.worker]
                 assert not worker.batches
                 assert not worker.retired
-                assert worker.left == worker.begun
+                if action.needless:
+                    assert worker.idle
+                else:
+                    assert worker.left == worker.begun
                 worker.retired = True
 
     def sent(self, batch: Batch) -> None:
@@ -350,6 +368,7 @@ class Pool(RuleBasedStateMachine):
         if call.single:
             assert len(items) == 1
             assert not worker.batches
+        worker.ages = 0
         worker.batches.append(ModelBatch(batch.id, number, batch.start, batch.stop, batch.careful))
         assert len(worker.batches) <= 2
         self.places()
@@ -393,12 +412,10 @@ class Pool(RuleBasedStateMachine):
         )
         assert self.scheduler.waiting == waiting
         assert self.scheduler.unfinished == bool(live)
-        idle = [
-            number
-            for number, worker in self.workers.items()
-            if not (worker.batches or worker.retired or worker.ending)
-        ]
+        idle = [number for number, worker in self.workers.items() if worker.idle]
         assert not (waiting and idle), f"{waiting} items wait while workers {idle} are idle"
+        assert self.scheduler.short == bool(waiting)
+        assert 0 < self.scheduler.shortage(0.1) <= waiting if waiting else True
 
     def teardown(self) -> None:
         """Let all workers finish: then every call is finished too."""
@@ -570,6 +587,19 @@ def test_the_first_batches_of_an_unknown_function_are_small() -> None:
     assert all(size <= 8 * max(first[:place]) for place, size in enumerate(first) if place)
 
 
+def test_what_is_soon_done_is_not_cut_up_for_all_of_a_thousand_workers() -> None:
+    few, many = (
+        len(sizes(simulate(200_000, 2e-7, workers=workers, known=2e-7))) for workers in (2, 1024)
+    )
+    assert many < 2 * few + 20
+
+
+def test_long_items_are_for_all_of_a_thousand_workers() -> None:
+    simulation = simulate(1_024, 0.05, workers=1_024, known=0.05)
+    assert set(sizes(simulation)) == {1}
+    assert len({worker for _, worker, *_ in simulation.sent}) == 1_024
+
+
 def test_a_function_that_is_known_from_before_starts_with_full_batches() -> None:
     assert sizes(simulate(100_000, 1e-5, known=1e-5))[0] >= 100
 
@@ -651,6 +681,51 @@ def sent_by(scheduler: Scheduler) -> list[tuple[int, int, int, bool]]:
         for action in scheduler.actions()
         if isinstance(action, Send)
     ]
+
+
+def test_there_is_no_shortage_while_somebody_is_free() -> None:
+    scheduler = Scheduler()
+    scheduler.worker_up(1)
+    scheduler.worker_up(2)
+    scheduler.submit(1, 2, retries=2)
+    assert not scheduler.short
+    assert scheduler.shortage(0.1) == 0
+    scheduler.submit(2, 5, retries=2)
+    assert scheduler.short
+    assert scheduler.shortage(0.1) == 5
+
+
+@pytest.mark.parametrize(("cost", "more"), [(None, 100), (10.0, 100), (0.01, 10), (1e-6, 1)])
+def test_short_items_call_for_fewer_workers(cost: float | None, more: int) -> None:
+    scheduler = Scheduler()
+    scheduler.submit(1, 100, retries=2, cost=cost)
+    assert scheduler.shortage(0.1) == more
+
+
+def test_a_chunk_is_for_one_worker() -> None:
+    scheduler = Scheduler()
+    scheduler.submit(1, 100, retries=2, chunk=30)
+    assert scheduler.shortage(0.1) == 4
+
+
+def test_only_who_was_idle_for_long_retires() -> None:
+    scheduler = Scheduler()
+    for worker in range(1, 5):
+        scheduler.worker_up(worker)
+    scheduler.age(2, 4)
+    scheduler.submit(1, 1, retries=2)
+    [send] = scheduler.actions()
+    assert isinstance(send, Send)
+    scheduler.age(2, 2)
+    others = sorted({1, 2, 3, 4} - {send.batch.worker})
+    assert scheduler.actions() == [Retire(worker, needless=True) for worker in others[:2]]
+    scheduler.progress(send.batch.id, 1, 0.1)
+    scheduler.age(2, 4)
+    assert scheduler.actions() == [Finish(1), Retire(others[2], needless=True)]
+    scheduler.age(2, 4)
+    assert scheduler.actions() == [Retire(send.batch.worker, needless=True)]
+    scheduler.submit(2, 1, retries=2)
+    assert scheduler.actions() == []
 
 
 def test_a_call_without_items_finishes_at_once() -> None:

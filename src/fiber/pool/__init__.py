@@ -71,7 +71,9 @@ class Pool:
     succeed fails with the reason; nothing waits for ever.
 
     Args:
-        processes: how many workers; `cpu_count()` by default.
+        processes: how many workers; `cpu_count()` by default. Or a pair, the least and the most:
+            then the pool has more while items wait, and those that were idle for
+            `config.pool_idle_timeout` seconds end. With a least of 0 it begins with one.
         initializer: called once in each worker, before its first task. If it raises, the pool ends
             with that exception.
         initargs: its arguments.
@@ -90,7 +92,7 @@ class Pool:
 
     def __init__(
         self,
-        processes: int | None = None,
+        processes: int | tuple[int, int] | None = None,
         initializer: Function | None = None,
         initargs: Iterable[Any] = (),
         maxtasksperchild: int | None = None,
@@ -100,9 +102,7 @@ class Pool:
         timeout: float | None = None,
     ) -> None:
         self._master: Master | None = None
-        if processes is None:
-            processes = cpu_count()
-        processes = _integer("processes", processes, 1)
+        least, most = _range(cpu_count() if processes is None else processes)
         if maxtasksperchild is not None:
             try:
                 maxtasksperchild = _integer("maxtasksperchild", maxtasksperchild, 1)
@@ -114,7 +114,7 @@ class Pool:
         main.check_loaded()  # before the choice, which needs what only the master may have
         backend = getattr(context, "backend", None) or registry.chosen()
         self._settings = Settings(
-            backend, processes, initializer, tuple(initargs), maxtasksperchild, retries, timeout
+            backend, most, least, initializer, tuple(initargs), maxtasksperchild, retries, timeout
         )
         self._resources = Resources()
         self._used = False
@@ -432,7 +432,8 @@ class Pool:
     def __repr__(self) -> str:
         master = self._master
         state = "ended" if master is None or master.closing else "running"
-        return f"<fiber.Pool {state} processes={self._settings.processes}>"
+        least, most = self._settings.least, self._settings.processes
+        return f"<fiber.Pool {state} processes={most if least == most else (least, most)}>"
 
     # What it is doing --------------------------------------------------------------------------
 
@@ -458,7 +459,10 @@ class Pool:
         """Return the process IDs of the workers."""
         assert self._master is not None
         self._loop.poll()
-        with self._loop:
+        with self._loop as loop:
+            # What has done a task may have been faster than the word of its start.
+            for started in self._master.unheard():
+                loop.wait_within(started)
             return self._master.pids()
 
 
@@ -500,6 +504,22 @@ def _options(chunksize: int | None, retries: int | None, timeout: float | None) 
     """Check what a method was given."""
     chunk = 1 if chunksize is None else min(_integer("chunksize", chunksize, 1), _MAX_CHUNK)
     return Options(chunk, *_limits(retries, timeout))
+
+
+def _range(processes: object) -> tuple[int, int]:
+    """Return the least and the most workers that were asked for."""
+    if not isinstance(processes, (tuple, list)):
+        most = _integer("processes", processes, 1)
+        return most, most
+    if len(processes) != 2:
+        raise ValueError(
+            f"processes must be a number, or a pair of the least and the most, not {processes!r}"
+        )
+    least = _integer("the least of processes", processes[0], 0)
+    most = _integer("the most of processes", processes[1], 1)
+    if least > most:
+        raise ValueError(f"processes must be the least and then the most, not {processes!r}")
+    return least, most
 
 
 def _integer(name: str, value: object, least: int) -> int:

@@ -32,7 +32,7 @@ class Berths:
         session: of this process.
         backend: of the pool.
         resources: of each worker.
-        workers: how many there will be.
+        workers: how many there will be at first.
         on_ending: called with an agent that was asked to end, by its manager perhaps.
 
     Attributes:
@@ -57,6 +57,7 @@ class Berths:
         self._on_ending = on_ending
         self._each = 1
         self._used: dict[RemoteAgent, int] = {}
+        self._free: dict[RemoteAgent, None] = {}  # those of them that have a free berth
         self.elsewhere = session.agency.is_elsewhere(backend)
         if self.elsewhere:
             session.agency.prepare(backend)
@@ -73,6 +74,7 @@ class Berths:
         agent.kept = True  # type: ignore[attr-defined]
         agent.on_ending = lambda: self._on_ending(agent)  # type: ignore[attr-defined]
         self._used[agent] = 0  # type: ignore[index]
+        self._free[agent] = None  # type: ignore[index]
         return agent  # type: ignore[return-value]
 
     def _wait_for_one(self) -> frozenset[str]:
@@ -102,27 +104,42 @@ class Berths:
         """Return an agent for one more worker; it may not be ready yet, or never be."""
         if not self.elsewhere:
             return self._session.agency.soon(self._backend, self._resources)
-        free = [a for a, used in self._used.items() if a.usable and used < self._each]
-        # Where all is ready, a worker is up at once.
-        free.sort(key=lambda agent: not agent.ready.is_set)
-        agent = free[0] if free else self._order()
+        agent = self._free_one() or self._order()
         self._used[agent] += 1
+        if self._used[agent] == self._each:
+            self._free.pop(agent, None)
         return agent
+
+    def _free_one(self) -> RemoteAgent | None:
+        """Return an agent with a free berth, if there is one: one that is ready before others."""
+        found = None
+        for agent in self._free:
+            if agent.usable:
+                if agent.ready.is_set:  # there a worker is up at once
+                    return agent
+                found = found or agent
+        return found
+
+    def filled(self, workers: int) -> int:
+        """Return how many workers there are room for in the jobs that `workers` take."""
+        return -(-workers // self._each) * self._each if self.elsewhere else workers
 
     def leave(self, agent: Agent) -> None:
         """A worker has ended."""
         if agent in self._used:
             self._used[agent] -= 1
+            self._free[agent] = None
 
     def trim(self) -> None:
         """End the agents that have no worker."""
-        for agent in [a for a, used in self._used.items() if not used]:
-            del self._used[agent]
+        for agent in [a for a in self._free if not self._used[a]]:
+            del self._used[agent], self._free[agent]
             agent.dismiss()
 
     def close(self) -> None:
         """End them all."""
         agents = list(self._used)
         self._used.clear()
+        self._free.clear()
         for agent in agents:
             agent.close()

@@ -27,9 +27,10 @@ from fiber.pool.berths import Berths
 from fiber.pool.marks import Marks
 from fiber.pool.workerprocess import WorkerProcess
 from fiber.process import Process, gpus_of, pickle_process
-from fiber.resources import Resources
+from fiber.resources import Resources, cpu_count
 from fiber.runtime import main, session
 from fiber.runtime.agents import Agent, Child
+from fiber.runtime.limits import make_room
 from fiber.runtime.logs import DEBUG, INFO, WARNING, log
 from fiber.runtime.loop import Event, Link, Timer
 from fiber.wire import exceptions
@@ -38,6 +39,7 @@ from fiber.wire.pickling import Packed, dumps, loads
 
 __all__ = ["Crew", "Foreman", "Settings", "Worker"]
 
+_AT_ONCE = 32  # workers that start on this machine at the same time, if not more processors can
 _BOOT_FAILURES = 3  # workers in a row that ended before they were up, with none up: it is broken
 _BOOT_KILLS = 10  # if the last was ended by SIGKILL, which may come from anywhere
 _REST = 0.1  # seconds, at first, before yet another is started while others are up
@@ -48,10 +50,16 @@ _TAIL_LINES = 20
 
 
 class Settings(NamedTuple):
-    """What a pool was asked for."""
+    """What a pool was asked for.
+
+    Attributes:
+        processes: how many workers, at the most.
+        least: how many at the least; as many, or fewer if the pool is elastic.
+    """
 
     backend: str
     processes: int
+    least: int
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
     maxtasksperchild: int | None
@@ -80,6 +88,8 @@ class Worker:
         self.mark: int | None = None
         self.up = False
         self.stopping = False
+        self.knows: set[int] = set()
+        """Calls whose functions it has."""
         self.item_timer: Timer | None = None
         """What ends it when its item takes too long."""
         self._timers: list[Timer] = []
@@ -88,11 +98,6 @@ class Worker:
         """Send it a frame, if it has connected."""
         if self.link is not None:
             self.link.post(kind, body, buffers)
-
-    def stop(self) -> None:
-        """Ask it to end when it has done what it has."""
-        self.stopping = True
-        self.post(protocol.STOP, b"")
 
     def kill(self) -> None:
         """End it now."""
@@ -155,7 +160,7 @@ class Foreman(Protocol):
 
 
 class Crew:
-    """Keeps as many workers as the settings ask for.
+    """Keeps as many workers as its target says.
 
     Args:
         settings: of the pool.
@@ -164,6 +169,7 @@ class Crew:
 
     Attributes:
         workers: those whose processes have not ended, by number.
+        target: how many there should be.
         died: how many ended without being asked to.
         gone: set when it was dismissed and the last worker has ended.
 
@@ -175,6 +181,8 @@ class Crew:
     def __init__(self, settings: Settings, resources: Resources, foreman: Foreman) -> None:
         self.settings = settings
         self.workers: dict[int, Worker] = {}
+        # One shows that there can be workers, before anything is asked of them.
+        self.target = max(settings.least, 1)
         self.died = 0
         self.gone = Event()
         self._session = session.current()
@@ -184,9 +192,16 @@ class Crew:
         self._boot_failures = 0
         self._resting = False
         self._dismissed = False
+        self._active = 0  # workers that were not asked to end
+        self._coming: set[int] = set()  # workers here that have not connected
+        self._at_once = _AT_ONCE
+        if settings.processes > _AT_ONCE:
+            self._at_once = max(_AT_ONCE, 4 * cpu_count())
         self._cpu = resources.cpu or config.cpu_per_job
+        near = not self._session.agency.is_elsewhere(settings.backend)
+        make_room(settings.processes, 1 if near else 2, 3 if near else 0)
         self._berths = Berths(
-            self._session, settings.backend, resources, settings.processes, self._agent_ends
+            self._session, settings.backend, resources, self.target, self._agent_ends
         )
         self._marks: Marks | None = None  # from the first death on
         self._initialization = Packed(b"", ())
@@ -200,17 +215,70 @@ class Crew:
         return main.missing(self._berths.names)
 
     def recruit(self) -> None:
-        """Start workers until there are enough."""
+        """Start workers until there are enough.
+
+        Those on this machine are started a few at a time: hundreds at once would but wait for the
+        processors, and the first would be ready as late as the last.
+        """
         while self._needs_more():
             self._start()
 
     def _needs_more(self) -> bool:
+        if self._active >= self.target or len(self._coming) >= self._at_once:
+            return False
         if self._dismissed and not self._foreman.has_work:
             return False
-        if self._resting and self._some_are_up:
-            return False
-        active = sum(not worker.stopping for worker in self.workers.values())
-        return active < self.settings.processes
+        return not (self._resting and self._some_are_up)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the workers are apart from this process."""
+        return self._berths.elsewhere
+
+    @property
+    def up(self) -> int:
+        """How many workers take batches."""
+        return sum(worker.up and not worker.stopping for worker in self.workers.values())
+
+    @property
+    def coming(self) -> bool:
+        """Whether processes on this machine are just being started."""
+        return bool(self._coming)
+
+    def fitting(self, target: int) -> int:
+        """Return how many workers fill the jobs that `target` of them take."""
+        return self._berths.filled(target)
+
+    def resize(self, target: int) -> None:
+        """Have `target` workers; if there are more, it is for others to say who ends."""
+        self.target = target
+        self.recruit()
+
+    def call_off(self, most: int) -> None:
+        """Give up jobs elsewhere that have not begun, and `most` workers with them, as they fit."""
+        crews: dict[Agent, list[Worker]] = {}
+        for worker in self.workers.values():
+            agent = worker.child.agent
+            if agent.elsewhere and not agent.ready.is_set:
+                crews.setdefault(agent, []).append(worker)
+        for agent, workers in crews.items():
+            if len(workers) <= most:
+                most -= len(workers)
+                self.target -= sum(not worker.stopping for worker in workers)
+                for worker in workers:
+                    self._write_off(worker)
+                agent.close()
+
+    def retire(self, worker: Worker) -> None:
+        """Ask it to end when it has done what it has."""
+        self._write_off(worker)
+        worker.post(protocol.STOP, b"")
+
+    def _write_off(self, worker: Worker) -> None:
+        """It is to end, and another may take its place."""
+        if not worker.stopping:
+            worker.stopping = True
+            self._active -= 1
 
     @property
     def _some_are_up(self) -> bool:
@@ -254,6 +322,9 @@ class Crew:
             ignore_interrupt=True,
         )
         worker = self.workers[number] = Worker(number, child, process)
+        self._active += 1
+        if not agent.elsewhere:
+            self._coming.add(number)
         endpoint.expect(token, lambda link, hello: self._arrived(worker, link))
 
         def ended() -> None:
@@ -278,7 +349,7 @@ class Crew:
         for worker in list(self.workers.values()):
             if worker.child.agent is agent and not worker.stopping:
                 self._foreman.worker_lost(worker)  # what came after STOP would not be read
-                worker.stop()
+                self.retire(worker)
         self.recruit()
 
     def _too_late(self, worker: Worker) -> None:
@@ -293,7 +364,9 @@ class Crew:
         self._give_mark(worker)
         worker.post(protocol.INITIALIZE, *self._initialization[:2])
         if worker.stopping:
-            worker.stop()
+            worker.post(protocol.STOP, b"")
+        self._coming.discard(worker.id)
+        self.recruit()
 
     def _have_marks(self) -> None:
         """From now on, have the workers mark what they are at."""
@@ -333,7 +406,7 @@ class Crew:
             self._boot_failures = 0
             self._foreman.worker_up(worker)
         elif frame.kind == protocol.INITIALIZER_FAILED:
-            worker.stopping = True
+            self._write_off(worker)
             self._foreman.crew_failed(exceptions.decode(loads(frame.body)))
         else:
             self._foreman.worker_sent(worker, frame)
@@ -364,6 +437,9 @@ class Crew:
         if self._marks is not None and worker.mark is not None:
             self._marks.give_back(worker.mark)
         del self.workers[worker.id]
+        self._coming.discard(worker.id)
+        if not worker.stopping:
+            self._active -= 1
         agent = worker.child.agent
         self._berths.leave(agent)
         if agent.ending and not worker.stopping and not agent.elsewhere:
@@ -382,7 +458,7 @@ class Crew:
         if not self._foreman.has_work:
             for worker in list(self.workers.values()):
                 if not worker.stopping:
-                    worker.stop()
+                    self.retire(worker)
                     self._call_off(worker)
         self._tell_if_gone()
 
@@ -390,7 +466,7 @@ class Crew:
         """End all workers now."""
         self._dismissed = True
         for worker in list(self.workers.values()):
-            worker.stopping = True
+            self._write_off(worker)
             self._call_off(worker)
             if not worker.child.ended.is_set:
                 worker.child.signal(signal.SIGTERM)

@@ -30,6 +30,7 @@ from fiber.errors import (
 from fiber.pool import protocol
 from fiber.pool.calls import Call, Options, Sink, name_of, need_a_look, weight_of
 from fiber.pool.crew import Crew, Settings, Worker
+from fiber.pool.elastic import Elastic
 from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
@@ -51,6 +52,7 @@ __all__ = ["Master", "PoolStats"]
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
 _LOOK = 1.0  # seconds between looks whether the user has let go of results
 _ARRIVES = 0.5  # seconds that a message to a home takes at the most, while nothing is stuck
+_SMALL = 1 << 16  # bytes of a function that a worker may keep until it hears from us again
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -58,7 +60,7 @@ class PoolStats(NamedTuple):
     """A pool at one moment.
 
     Attributes:
-        processes: workers that it should have.
+        processes: workers that it should have, just now if it is elastic.
         ready: workers that are up.
         waiting: items that no worker has.
         running: items that workers have.
@@ -66,6 +68,7 @@ class PoolStats(NamedTuple):
         failed: items that failed by a worker's death or a time-out.
         died: workers that ended without being asked to.
         seconds: spent in tasks by all workers together.
+        minimum, maximum: what `processes` may be: the same if the pool is not elastic.
     """
 
     processes: int
@@ -76,6 +79,8 @@ class PoolStats(NamedTuple):
     failed: int
     died: int
     seconds: float
+    minimum: int
+    maximum: int
 
 
 class _Reference(weakref.ref[IMapUnorderedIterator]):
@@ -115,12 +120,18 @@ class Master:
         self._looking: Timer | None = None
         self._handles: dict[int, tuple[list[Any], bool]] = {}
         """Of constants, by the batch that they are in; whether it was under way lately."""
+        self._streams: dict[int, Call] = {}  # calls whose items come as they are needed
         self._crew = Crew(settings, resources, self)
+        self._elastic: Elastic | None = None
+        if settings.least < settings.processes:
+            self._elastic = Elastic(self.loop, self._scheduler, self._crew, self._resized)
 
     def begin(self) -> None:
         """Start the workers."""
         with self.loop:
             self._crew.recruit()
+            if self._elastic is not None:
+                self._elastic.look()
 
     @property
     def gone(self) -> Event:
@@ -208,7 +219,8 @@ class Master:
         call.keeps = keeps
         call.iterator = _Reference(results, self._dropped.append)
         call.iterator.call = call.id
-        ahead = config.imap_buffer * self.settings.processes
+        self._streams[call.id] = call
+        ahead = config.imap_buffer * max(self._crew.target, 1)
         call.source = source_of(self.loop, iterable, lambda: self._feed(call), ahead)
         self._schedule(call, None, options)
         self._feed(call)
@@ -266,7 +278,8 @@ class Master:
             return _READ_AHEAD
         workers = max(len(self._crew.workers), 1)
         batch = self._scheduler.batch_items(call.id)
-        most = max(config.imap_buffer * self.settings.processes, 4 * batch * workers)
+        buffer = config.imap_buffer * max(self._crew.target, 1)
+        most = max(buffer, 4 * batch * workers)
         weight = self._scheduler.weight(call.id)
         if weight:
             most = min(most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * workers))
@@ -290,13 +303,28 @@ class Master:
             self._act()
 
     def _forget(self, call: Call) -> None:
+        self._streams.pop(call.id, None)
         if call.source is not None:
             call.source.stop()
-        told = call.constants.told if call.constants is not None else set()
-        for number in call.known_by | told:
-            self._crew.workers[number].post(protocol.FORGET, pickle.dumps(call.id))
+        if call.known_by or call.constants is not None:
+            self._tell_to_forget(call)
         if self.closing:
             self._crew.dismiss()
+
+    def _tell_to_forget(self, call: Call) -> None:
+        """Have the workers let go of a function: at once only if that frees a good deal.
+
+        To wake a worker costs more than a short task; there may be a thousand.
+        """
+        body = pickle.dumps(call.id)
+        size = len(call.packed.data) + sum(map(len, call.packed.buffers))
+        told = call.constants.told if call.constants is not None else set()
+        for number in call.known_by | told:
+            worker = self._crew.workers[number]
+            worker.knows.discard(call.id)
+            if worker.link is not None:
+                tell = worker.link.post if told or size > _SMALL else worker.link.enclose
+                tell(protocol.FORGET, body)
 
     # What is lent ------------------------------------------------------------------------------
 
@@ -337,10 +365,14 @@ class Master:
                     elif isinstance(action, Fail):
                         self._fail(action)
                     elif isinstance(action, Retire):
-                        self._crew.workers[action.worker].stop()
+                        if action.needless:
+                            self._crew.target -= 1
+                        self._crew.retire(self._crew.workers[action.worker])
                         self._crew.recruit()
         finally:
             self._acting = False
+        if self._elastic is not None:
+            self._elastic.look()
 
     def _send(self, batch: Batch) -> None:
         call = self._calls.get(batch.call.id)
@@ -370,6 +402,7 @@ class Master:
             weight += call.constants.size
             if worker.id not in call.constants.told:
                 call.constants.told.add(worker.id)
+                worker.knows.add(call.id)
                 sources = [tuple(source) for source in call.constants.sources]
                 worker.post(protocol.CONSTANTS, pickle.dumps((call.id, sources)))
         self._scheduler.weigh(call.id, weight)
@@ -378,6 +411,7 @@ class Master:
             function, function_buffers, _ = call.packed  # type: ignore[assignment]
             if call.how != protocol.APPLY:
                 call.known_by.add(worker.id)
+                worker.knows.add(call.id)
         head = protocol.BATCH_HEAD.pack(
             batch.id,
             call.id,
@@ -489,6 +523,17 @@ class Master:
         """A worker is ready."""
         self._scheduler.worker_up(worker.id, self.settings.maxtasksperchild)
         self._act()
+        self._feed_all()
+
+    def _feed_all(self) -> None:
+        """There are more workers: streams are read further ahead."""
+        for call in list(self._streams.values()):
+            self._feed(call)
+
+    def _resized(self) -> None:
+        """The crew has got another size, or workers are to go."""
+        self._feed_all()
+        self._act()
 
     def worker_lost(self, worker: Worker) -> None:
         """A worker hung up."""
@@ -497,10 +542,12 @@ class Master:
     def worker_down(self, worker: Worker) -> None:
         """A worker has ended: its work goes to others."""
         self._scheduler.worker_down(worker.id, charged=not self._is_innocent(worker))
-        for call in self._calls.values():
-            call.known_by.discard(worker.id)
-            if call.constants is not None:
-                call.constants.told.discard(worker.id)
+        for id in worker.knows:
+            call = self._calls.get(id)
+            if call is not None:
+                call.known_by.discard(worker.id)
+                if call.constants is not None:
+                    call.constants.told.discard(worker.id)
         self._lending.gone(worker.id)
         self._blind.discard(worker.id)
         if not worker.child.agent.elsewhere:
@@ -586,6 +633,7 @@ class Master:
             return
         (batch,) = found
         call.known_by.discard(worker.id)
+        worker.knows.discard(call.id)
         if batch.stop - batch.start > 1:
             self._scheduler.unloadable(number)
             return
@@ -622,6 +670,9 @@ class Master:
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
         self.closing = True
+        if self._elastic is not None:
+            self._elastic.stop()
+        self._streams.clear()
         reason = error or PoolTerminated("the pool was terminated")
         calls, self._calls = self._calls, {}
         for call in calls.values():
@@ -633,21 +684,27 @@ class Master:
 
     def stats(self) -> PoolStats:
         """Return how the pool is."""
-        workers = self._crew.workers.values()
         return PoolStats(
-            processes=self.settings.processes,
-            ready=sum(worker.up and not worker.stopping for worker in workers),
+            processes=self._crew.target,
+            ready=self._crew.up,
             waiting=self._scheduler.waiting,
             running=sum(batch.stop - batch.start for batch in self._scheduler.assigned()),
             done=self._done - self._failed,
             failed=self._failed,
             died=self._crew.died,
             seconds=self._seconds,
+            minimum=self.settings.least,
+            maximum=self.settings.processes,
         )
 
     def processes(self) -> list[Process]:
         """Return the workers that have not ended."""
         return [worker.process for worker in self._crew.workers.values()]
+
+    def unheard(self) -> list[Event]:
+        """Return what will be set when those workers have a process ID that are up without one."""
+        workers = self._crew.workers.values()
+        return [w.child.started for w in workers if w.up and not w.child.started.is_set]
 
     def pids(self) -> list[int]:
         """Return the process IDs of the workers that run."""

@@ -3,7 +3,7 @@
 A pure state machine. It knows no socket, thread or clock: the driver (`pool.master`) tells it what
 happened and carries out what it answers.
 
-    submit, extend, worker_up, progress, worker_down, cancel         Send, Fail, Finish, Retire
+    submit, extend, worker_up, progress, worker_down, cancel, age    Send, Fail, Finish, Retire
     ────────────────────────────────────────────────────►  Scheduler  ───────────────────────►
 
 An item is waiting, assigned (in one batch, at one worker) or settled. A settled item never changes
@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterator
 from itertools import islice
+from math import sqrt
 from typing import NamedTuple
 
 __all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
@@ -34,6 +35,9 @@ BATCH_SECONDS = 0.01
 
 LEAST_SECONDS = 0.0004
 """Seconds of work below which a batch is not split to share what is left."""
+
+MASTER_SECONDS = 50e-6
+"""Seconds that the master, and a worker that wakes up, spend on a batch, whatever is in it."""
 
 PREFETCH_SECONDS = 0.025
 """Items that take longer are not sent ahead: the round trip costs nothing against them, and one
@@ -45,6 +49,7 @@ _CAREFUL_ITEMS = 64
 _GROWTH = 8  # how many times larger than the last a batch of a call may be
 _KINDS = 256  # whose costs are remembered
 _LOOKED_AT = 16  # calls, at one event
+_COUNTED = 1024  # calls, to judge how much there is to do
 
 
 class Batch:
@@ -132,15 +137,17 @@ class _Worker:
         left: items that it may still take, None without limit.
         batches: what it has, the running one first.
         lost: its end is to be expected, and it gets nothing more.
+        ages: how often in a row it was found idle.
     """
 
-    __slots__ = ("batches", "id", "left", "lost")
+    __slots__ = ("ages", "batches", "id", "left", "lost")
 
     def __init__(self, id: int, left: int | None) -> None:
         self.id = id
         self.left = left
         self.batches: list[Batch] = []
         self.lost = False
+        self.ages = 0
 
 
 class Send(NamedTuple):
@@ -165,9 +172,13 @@ class Finish(NamedTuple):
 
 
 class Retire(NamedTuple):
-    """The worker has done what it may do; have it end, and another take its place."""
+    """The worker has done what it may do; have it end, and another take its place.
+
+    If it is `needless`, no other: it was idle for long.
+    """
 
     worker: int
+    needless: bool = False
 
 
 Action = Send | Fail | Finish | Retire
@@ -352,6 +363,16 @@ class Scheduler:
                 self._suspect(call, start, batch.stop)
         self._assign()
 
+    def age(self, ages: int, spare: int) -> None:
+        """A while has gone by: who was idle `ages` times in a row retires, but `spare` at most."""
+        for worker in [self._workers[id] for id in self._idle]:  # those idle for longest are first
+            worker.ages += 1
+            if spare > 0 and worker.ages >= ages:
+                spare -= 1
+                worker.lost = True
+                del self._idle[worker.id]
+                self._actions.append(Retire(worker.id, needless=True))
+
     def fail(self, batch: int, *, worker_ends: bool = False) -> tuple[int, int] | None:
         """Give up the item that a batch of one holds, say for its time-out.
 
@@ -403,6 +424,28 @@ class Scheduler:
         """Return how many bytes an item of a call takes, 0 if that is not known."""
         found = self._calls.get(call)
         return found.weight if found is not None else 0.0
+
+    @property
+    def short(self) -> bool:
+        """Whether items wait and nobody is free to take them."""
+        return bool(self._hungry) and not self._idle
+
+    def shortage(self, seconds: float) -> int:
+        """Return how many more workers would be of use now.
+
+        One for each item that waits, or chunk, but where they are short only one for `seconds` of
+        work; at least one where anything waits.
+        """
+        if not self.short:
+            return 0
+        seen, wanted = 0, 0.0
+        for call in islice(self._hungry.values(), _COUNTED):
+            seen += 1
+            items = call.waiting + sum(stop - start for start, stop in call.suspects)
+            cost = self._costs.get(call.kind) if call.cost is None else call.cost
+            each = -(-items // call.chunk)
+            wanted += each if cost is None else min(each, items * cost / seconds)
+        return max(1, int(wanted * len(self._hungry) / seen))
 
     @property
     def waiting(self) -> int:
@@ -469,8 +512,10 @@ class Scheduler:
             return
         if worker.left == 0:
             if not worker.batches:
+                worker.lost = True
                 self._actions.append(Retire(worker.id))
         elif not worker.batches:
+            worker.ages = 0
             self._idle[worker.id] = None
         elif len(worker.batches) == 1 and self._is_short(worker.batches[0]):
             self._busy[worker.id] = None
@@ -533,7 +578,9 @@ class Scheduler:
         else:
             share = -(-call.waiting // (2 * max(len(self._workers), 1)))
             if call.cost and share < size:
-                share = max(share, int(LEAST_SECONDS / call.cost))
+                # With many workers, the one in which handing out and working take as long.
+                least = sqrt(MASTER_SECONDS * call.waiting * call.cost)
+                share = max(share, int(max(least, LEAST_SECONDS) / call.cost))
             size = max(1, min(size, share))
         start, stop = call.ranges.popleft()
         if not call.single:  # up to the next end of a chunk

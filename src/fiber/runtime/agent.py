@@ -15,6 +15,7 @@ client is gone, so is the session, and the agent ends with all that is left of i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import pickle
@@ -36,6 +37,7 @@ from fiber.runtime.agents import (
     ENDING,
     EXITED,
     FAILED,
+    HEED,
     PING,
     PREPARE,
     READY,
@@ -56,6 +58,8 @@ __all__ = ["Agent", "Client", "main"]
 _CONNECT_TIMEOUT = 30.0  # seconds
 _LAST_WORDS = 1.0  # seconds that a process has to end by itself when its parent has died
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+_DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
+_ROOM = 64  # descriptors that may go along with a process before some lie among our own
 
 
 def main() -> NoReturn:
@@ -101,12 +105,15 @@ class Agent:
         self.loop = Loop(background=False)
         self.processes: dict[int, Process] = {}  # by process ID
         self.clients: set[Client] = set()
+        self.heeding: set[Client] = set()  # those who are told of signals
         self.streams: set[Stream] = set()
         self._channel = channel
         self._handlers: dict[int, Any] = {}
         self._asked_to_end = False
         self._leaving = False
         self._limit = (0, 0)  # of open files, as the children shall have it
+        self._floor = self._top = 0  # between the two the descriptors are ours, and no child's
+        self._loaded = False  # what children need
         self._pid = os.getpid()
 
     def run(self) -> NoReturn:
@@ -121,6 +128,9 @@ class Agent:
         self._limit = _raise_limit()
         self.forks = sys.platform != "darwin" and _thread_count() == 1
         child_process.prepare(self.preparation["modules"])
+        highest = max(map(int, os.listdir(_DESCRIPTORS)))
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._floor = self._top = highest + max(1, min(_ROOM, (most - highest) // 4))
         gc.collect()
         gc.freeze()
         with self.loop:
@@ -189,19 +199,29 @@ class Agent:
                 client.link.close()
             self.leave()
 
-    def tell(self, pid: int) -> None:
-        """A process is about to be sent a signal: let all know that its end may be meant."""
-        for client in self.clients:
-            client.link.post(TOLD, pickle.dumps((0, pid)))
+    def tell(self, process: Process) -> None:
+        """It is about to be sent a signal: let those who heed know that its end may be meant."""
+        process.told = True
+        for client in self.heeding:
+            client.link.post(TOLD, pickle.dumps((0, process.pid)))
             client.link.flush()
+
+    def heed(self, client: Client) -> None:
+        """A client, which may serve others, wants to know whose end is meant."""
+        self.heeding.add(client)
+        for process in self.processes.values():
+            if process.told:
+                client.link.post(TOLD, pickle.dumps((0, process.pid)))
 
     def lost(self, client: Client) -> None:
         """A client is gone: kill what it started; with the first client all is over."""
         self.clients.discard(client)
+        self.heeding.discard(client)
         if not client.first:
-            # Its children may want to find out, and to say a last word.
-            seconds = 0.0 if client.dismissed else _LAST_WORDS
-            self.loop.call_later(seconds, lambda: self._kill(client))
+            if client.processes:
+                # They may want to find out, and to say a last word.
+                seconds = 0.0 if client.dismissed else _LAST_WORDS
+                self.loop.call_later(seconds, client.kill_processes)
         else:
             for process in list(self.processes.values()):
                 process.signal(signal.SIGKILL)
@@ -221,12 +241,6 @@ class Agent:
     def on_remote_frame(self, client: Client, frame: Frame) -> None:
         """A client sent what is of use only elsewhere."""
 
-    def _kill(self, client: Client) -> None:
-        """Kill what a client has started."""
-        for process in list(self.processes.values()):
-            if process.client is client:
-                process.signal(signal.SIGKILL)
-
     def spawn(self, client: Client, key: int, request: dict[str, Any], fds: list[int]) -> None:
         """Start a process for `client`; `fds`: standard output and error, and what goes along."""
         if self._leaving:
@@ -235,7 +249,6 @@ class Agent:
             client.link.post(FAILED, pickle.dumps((key, "the agent was asked to end by SIGTERM")))
             return
         ours: socket.socket | None = None
-        stderr: Stream | None = None
         streams: list[Stream] = []
         if not fds:
             fds, streams = self.outputs(client, request)
@@ -245,18 +258,15 @@ class Agent:
             try:
                 ours, theirs = socket.socketpair()
                 stack.enter_context(theirs)
+                ours = socket.socket(fileno=self.lift(ours.detach()))
                 if request["capture_stderr"] and not streams:
                     read_end, write_end = os.pipe()
                     stack.callback(os.close, write_end)
-                    stderr = Stream(self.loop, read_end, os.dup(fds[1]), self.streams)
+                    read_end, target = self.lift(read_end), self.duplicate(fds[1])
+                    streams = [Stream(self.loop, read_end, target, self.streams)]
                     fds = [fds[0], write_end, *fds[2:]]
-                    streams = [stderr]
                 if self.forks:
-                    if request["by_value"]:
-                        # Each would load it for the first function, and that takes a while, in
-                        # which a worker that is killed seems to be the victim of its first item.
-                        with contextlib.suppress(ImportError):
-                            import cloudpickle  # noqa: F401
+                    self._load_for_children(request["by_value"])
                     # What comes before the child has its own handlers waits until it has them.
                     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                     stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
@@ -275,9 +285,37 @@ class Agent:
                 reason = f"it cannot be started: {error.strerror}"
                 client.link.post(FAILED, pickle.dumps((key, reason)))
                 return
-        self.processes[pid] = Process(pid, client, key, streams)
+        self.processes[pid] = client.processes[key] = Process(pid, client, key, streams)
         Client(self, Channel(ours, takes_fds=True))
         client.link.post(STARTED, pickle.dumps((key, pid)))
+
+    def _load_for_children(self, by_value: bool) -> None:
+        """Load what each child would have to load for itself, in time and memory of its own."""
+        if not self._loaded:
+            self._loaded = True
+            from multiprocessing import util  # noqa: F401  it loads subprocess
+
+            gc.freeze()
+        if by_value and "cloudpickle" not in sys.modules:
+            # For the first function; a worker that is killed while it loads it seems to be the
+            # victim of its first item.
+            with contextlib.suppress(ImportError):
+                import cloudpickle  # noqa: F401
+
+                gc.freeze()
+
+    def duplicate(self, fd: int) -> int:
+        """Return a duplicate that lies where ours are."""
+        ours = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self._floor)
+        self._top = max(self._top, ours + 1)
+        return ours
+
+    def lift(self, fd: int) -> int:
+        """Move a descriptor to where ours are, so that a child closes them all at one stroke."""
+        try:
+            return self.duplicate(fd)
+        finally:
+            os.close(fd)
 
     def outputs(self, client: Client, request: dict[str, Any]) -> tuple[list[int], list[Stream]]:
         """Complete a request that came without descriptors.
@@ -303,9 +341,15 @@ class Agent:
             for fd in self.wake_fds:
                 os.close(fd)
             for client in self.clients:
-                client.link.channel.close()
-            for stream in self.streams:
-                stream.abandon()
+                if client.first:
+                    client.link.channel.close()
+            # Of hundreds of processes there are thousands. What belongs to them in memory stays
+            # as it is: this process ends without coming back to it.
+            keep = sorted(fd for fd in (upstream.fileno(), *fds) if fd >= self._floor)
+            for low, high in zip(
+                [self._floor, *[fd + 1 for fd in keep]], [*keep, self._top], strict=True
+            ):
+                os.closerange(low, high)
             self.abandon()
             self.loop.abandon()
             code = child_process.run(self.facts(), request, upstream, fds[:2], fds[2:])
@@ -349,6 +393,7 @@ class Agent:
                 return
             process = self.processes.pop(pid, None)
             if process is not None:
+                process.client.processes.pop(process.key, None)
                 tail = "".join([stream.tail() for stream in process.streams][-1:])
                 code = os.waitstatus_to_exitcode(status)
                 facts = (process.key, code, tail, self.diagnose(code))
@@ -365,6 +410,7 @@ class Process:
         self.client = client
         self.key = key
         self.streams = streams
+        self.told = False  # it was sent a signal
 
     def signal(self, signum: int) -> None:
         # Not reaped yet, so that the process ID is still its own.
@@ -378,14 +424,20 @@ class Client:
         self.agent = agent
         self.first = not agent.clients
         self.dismissed = False  # it has said good-bye
+        self.processes: dict[int, Process] = {}  # that it has started, by its keys for them
         self.link = Link(agent.loop, channel, self._on_frame, lambda: agent.lost(self))
         agent.clients.add(self)
+        if self.first:
+            agent.heeding.add(self)
 
     def _on_frame(self, frame: Frame) -> None:
         self.agent.heard(self)
         if frame.kind == BYE:
             self.dismissed = True
             self.agent.lost(self)
+            return
+        if frame.kind == HEED:
+            self.agent.heed(self)
             return
         if frame.kind in (PING, DIAL):
             self.agent.on_remote_frame(self, frame)
@@ -399,10 +451,15 @@ class Client:
                 return
             self.agent.spawn(self, key, fact, fds)
         elif frame.kind == SIGNAL:
-            for process in self.agent.processes.values():
-                if process.client is self and process.key == key:
-                    self.agent.tell(process.pid)
-                    process.signal(fact)
+            process = self.processes.get(key)
+            if process is not None:
+                self.agent.tell(process)
+                process.signal(fact)
+
+    def kill_processes(self) -> None:
+        """End what it has started."""
+        for process in self.processes.values():
+            process.signal(signal.SIGKILL)
 
 
 def _leave(folder: str) -> NoReturn:

@@ -32,6 +32,7 @@ __all__ = [
     "ENDING",
     "EXITED",
     "FAILED",
+    "HEED",
     "OUTPUT",
     "PING",
     "PREPARE",
@@ -50,6 +51,9 @@ PREPARE, SPAWN, SIGNAL, BYE, READY, STARTED, FAILED, EXITED, ENDING, TOLD = rang
 OUTPUT, PING, DIAL = range(12, 15)
 """More of them for an agent that is elsewhere: what a process printed, a sign of life (both ways),
 and the parent's wish for a stream to a socket there."""
+
+HEED = 15
+"""From a process that the agent forked: it takes part in the session, and wants to be TOLD."""
 
 _LOOK_AGAIN = 0.05  # seconds between looks at a job whose agent has not connected yet
 
@@ -146,6 +150,7 @@ class Agent:
         """Return the link to the agent that forked this process."""
         agent = cls(loop, "the agent", place)
         agent._link = Link(loop, channel, agent._on_frame, agent._on_lost)
+        agent._link.post(HEED, b"")
         agent.names = names
         agent.ready.set()
         return agent

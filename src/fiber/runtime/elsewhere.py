@@ -216,7 +216,8 @@ class AgentElsewhere(Agent):
                 client.link.post(OUTPUT, pickle.dumps((fd, data)))
                 client.link.flush()
 
-            streams.append(Stream(self.loop, read_end, os.dup(fd), self.streams, also))
+            ends = self.lift(read_end), self.duplicate(fd)
+            streams.append(Stream(self.loop, *ends, self.streams, also))
         return fds, streams
 
     def diagnose(self, code: int) -> str | None:

@@ -529,6 +529,11 @@ class Link:
         self.channel.post(kind, body, buffers, fds)
         self._loop.send_soon(self)
 
+    def enclose(self, kind: int, body: bytes) -> None:
+        """Send a frame along with the next that is posted; on its own it is not worth the way."""
+        if not (self._broken or self.lost):
+            self.channel.post(kind, body)
+
     @property
     def idle(self) -> bool:
         """Whether nothing waits to be sent, or ever will be."""

@@ -7,6 +7,7 @@ sleeps; but only while its last wait was that short, and never on a machine with
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import selectors
@@ -31,11 +32,17 @@ _LONGEST = 86400.0  # seconds: epoll counts milliseconds in an int, and who wait
 _EVENTS = 256  # that one call returns at the most
 
 
+@functools.cache  # it reads files; a process that is forked has it from the agent
+def _several() -> bool:
+    """Whether there is another processor, that of the peer."""
+    return cpu_count() > 1
+
+
 class Patience:
     """Decides whether it is worth while to look before sleeping."""
 
     def __init__(self) -> None:
-        self._several = cpu_count() > 1
+        self._several = _several()
         self._began = 0.0
         self.looks = False
         """Whether to look first in the next wait."""
