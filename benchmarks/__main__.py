@@ -15,12 +15,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, report
+from benchmarks import harness, plots, report
 from benchmarks.peers import PEERS
 from benchmarks.rows import ROWS
 
 # Where a peer's module, and its version, is found; those of the standard library need no entry.
-DISTRIBUTIONS = {"fiber": "fiber", "loky": "loky", "ray": "ray", "dask": "distributed"}
+DISTRIBUTIONS = {
+    "fiber": "fiber",
+    "loky": "loky",
+    "joblib": "joblib",
+    "ray": "ray",
+    "dask": "distributed",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +77,7 @@ def main(argv: list[str]) -> int:
         stored[name] = report.entry(harness.run(ROWS[name], peers, settings, _say), run)
         if output:  # after each row: what an interrupted run has measured is not lost
             report.save(report.store_path(output), stored)
+            plots.draw(ROWS[name], stored[name], output.with_name("plots"))
             report.write(output, stored)
     print(f"wrote {output}" if output else report.render(stored))
     return 0

@@ -92,7 +92,8 @@ def version(distribution: str) -> str:
 
 def write(path: Path, rows: dict[str, Any]) -> None:
     """Write the report; the part of the old one that was written by hand stays."""
-    path.write_text(render(rows, _hand_written(path)), encoding="utf-8")
+    text = render(rows, _hand_written(path), path.with_name("plots"))
+    path.write_text(text, encoding="utf-8")
 
 
 def _hand_written(path: Path) -> str:
@@ -107,16 +108,16 @@ def _hand_written(path: Path) -> str:
     return kept.strip("\n") + "\n"
 
 
-def render(rows: dict[str, Any], reading: str = READING) -> str:
-    """The report of the stored rows, in the catalogue's order."""
+def render(rows: dict[str, Any], reading: str = READING, plots: Path | None = None) -> str:
+    """The report of the stored rows, in the catalogue's order; `plots`: the folder of pictures."""
     stored = [(row, rows[name]) for name, row in ROWS.items() if name in rows]
     latest = max((data["run"] for _, data in stored), key=lambda run: str(run["date"]))
     versions = ", ".join(f"{peer} {number}" for peer, number in latest["versions"].items())
     head = f"""\
 # Fiber and its peers, measured
 
-Written by `python -m benchmarks`; only the part between the markers is written by hand. All rounds
-are in the JSON file beside this one.
+Written by `python -m benchmarks` (README.md beside this one says how to check a row); only the part
+between the markers is written by hand. All rounds are in the JSON file beside this one.
 
 * Machine: {latest["machine"]}; load average at the start {latest["load"]}
 * Python {latest["python"]}; {versions or "no other packages"}
@@ -132,6 +133,8 @@ median over the rounds."""
     ]
     for row, data in stored:
         parts += [f"## {row.title} (`{row.name}`)", row.text, _table(row, data)]
+        if row.panels and plots and (plots / f"{row.name}.png").exists():
+            parts += [f"![{row.title}](plots/{row.name}.png)"]
         if data["failures"]:
             failed = data["failures"].items()
             parts += ["\n".join(f"* {_label(row, p)}: {'; '.join(texts)}" for p, texts in failed)]
@@ -160,6 +163,8 @@ def _origin(run: dict[str, Any], latest: dict[str, Any]) -> str:
 def _table(row: Row, data: dict[str, Any]) -> str:
     values = data["values"]
     shown = [m for m in row.metrics if any(m.key in columns for columns in values.values())]
+    if row.tall:
+        return _lines(_tall(row, shown, values))
     header = ["peer"]
     for metric in shown:
         header += [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
@@ -173,7 +178,30 @@ def _table(row: Row, data: dict[str, Any]) -> str:
             for _, base in _ratios(row, metric):
                 line += [_ratio(figures, values.get(base, {}).get(metric.key, []))]
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _lines(lines)
+
+
+def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[str]]:
+    """The table with a line for each metric: the peers stand side by side."""
+    ratios = {peer: peer != BASELINE and BASELINE in values for peer in values}
+    header = ["figure"]
+    for peer in values:
+        header += [_label(row, peer), "x mp"] if ratios[peer] else [_label(row, peer)]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for metric in shown:
+        line = [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
+        for peer, columns in values.items():
+            figures = columns.get(metric.key, [])
+            line += [_figure(figures, metric)]
+            if ratios[peer]:
+                base = values[BASELINE].get(metric.key, [])
+                line += [_ratio(figures, base) if metric.ratio else ""]
+        lines.append(line)
+    return lines
+
+
+def _lines(table: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
 def _ratios(row: Row, metric: Metric) -> list[tuple[str, str]]:
