@@ -113,7 +113,7 @@ def measure(
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,
             )
             try:
@@ -130,7 +130,8 @@ def measure(
         return {line["metric"]: line["value"] for line in lines}, failure
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The environment of a child: it finds this package, and Fiber in the source tree."""
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

@@ -44,8 +44,8 @@ LARGE = (
         "constant",
         "One large array for many tasks",
         "One array of 256 MB that 100 tasks read, one number of each page, on 2 workers, s: less "
-        "is better. *Argument*: a plain argument of each task of a `map`; executors are told to make "
-        "the chunks that multiprocessing makes. *Shared*: the peer's own way; `fiber.put`, "
+        "is better. *Argument*: a plain argument of each task of a `map`; executors are told to "
+        "make the chunks that multiprocessing makes. *Shared*: the peer's own way; `fiber.put`, "
         "multiprocessing's initializer under fork (whose first time begins with a new pool), "
         "`ray.put`, dask's `scatter`. *Again*: the same once more.",
         (

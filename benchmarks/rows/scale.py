@@ -85,8 +85,8 @@ SCALE = (
         "thousand",
         "A thousand workers",
         "1,024 workers on this machine: seconds until as many tasks run at the same time, memory "
-        "of a worker, cost of an empty task of a `map` with chunksize=1 (with 2 workers, with 1,024, "
-        "and their ratio; and the master's processor time in it), and seconds to close: less is "
+        "of a worker, cost of an empty task of a `map` with chunksize=1 (with 2 workers, with "
+        "1,024, and their ratio; and the master's processor time in it), and seconds to close: less is "
         "better.",
         (
             Case(
