@@ -15,11 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.peers import SPECIAL
+from benchmarks.peers import BEFORE, SPECIAL
 from benchmarks.rows import FLOOR, Case, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,7 @@ class Settings:
     rounds: int
     quick: bool
     deadline: float  # seconds for one measurement; rows that are known to take longer have more
+    sources: Mapping[str, Path] = field(default_factory=dict)  # of Fiber, if not that of this tree
 
     def spend(self, row: Row) -> tuple[float, float]:
         """The seconds that a measurement of `row` is told to spend, and those that it may take."""
@@ -56,6 +57,7 @@ def peers_of(row: Row, case: Case, peers: Iterable[str]) -> list[str]:
     only = case.peers or row.peers
 
     def belongs(peer: str) -> bool:
+        peer = "fiber" if peer == BEFORE else peer
         if ":" in peer:
             return True
         if only:
@@ -69,23 +71,26 @@ def peers_of(row: Row, case: Case, peers: Iterable[str]) -> list[str]:
 def warm_up(peers: Iterable[str], settings: Settings) -> None:
     """Start and close a pool of each peer once, so that no peer pays for a cold disk."""
     for peer in peers:
-        measure("first", "first", peer, 1.0, settings.deadline)
+        measure("first", "first", peer, 1.0, settings.deadline, settings.sources.get(peer))
 
 
 def run(row: Row, peers: Iterable[str], settings: Settings, say: Callable[[str], None]) -> Result:
     """Measure a row; `say` is told of each measurement."""
     result = Result()
     out: set[tuple[str, str]] = set()
-    spend = settings.spend(row)
+    seconds, deadline = settings.spend(row)
     for turn in range(settings.rounds):
         for case in row.cases:
             if settings.quick and not case.quick:
                 continue
-            for peer in peers_of(row, case, peers):
+            order = peers_of(row, case, peers)
+            # To and fro: who comes first finds the machine as the peer before has left it.
+            for peer in reversed(order) if turn % 2 else order:
                 columns = result.values.setdefault(peer, {})
                 figures: dict[str, float] = {}
                 if (case.name, peer) not in out:
-                    figures, failure = measure(row.name, case.name, peer, *spend)
+                    source = settings.sources.get(peer)
+                    figures, failure = measure(row.name, case.name, peer, seconds, deadline, source)
                     if failure:
                         out.add((case.name, peer))
                         result.failures.setdefault(peer, []).append(f"{case.name}: {failure}")
@@ -98,7 +103,7 @@ def run(row: Row, peers: Iterable[str], settings: Settings, say: Callable[[str],
 
 
 def measure(
-    row: str, case: str, peer: str, seconds: float, deadline: float
+    row: str, case: str, peer: str, seconds: float, deadline: float, source: Path | None = None
 ) -> tuple[dict[str, float], str | None]:
     """Run one child; return its figures and, if it failed, one line that says how."""
     with tempfile.TemporaryDirectory(prefix="fiber-benchmark-") as folder:
@@ -113,7 +118,7 @@ def measure(
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,
-                env=environment(),
+                env=environment(source),
                 start_new_session=True,
             )
             try:
@@ -130,9 +135,9 @@ def measure(
         return {line["metric"]: line["value"] for line in lines}, failure
 
 
-def environment() -> dict[str, str]:
-    """The environment of a child: it finds this package, and Fiber in the source tree."""
-    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+def environment(source: Path | None = None) -> dict[str, str]:
+    """The environment of a child: it finds this package, and Fiber in a source tree."""
+    paths = [str(ROOT), str(source or ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

@@ -132,7 +132,7 @@ median over the rounds."""
         f"## Reading the figures\n\n{BEGIN}\n\n{reading}\n{END}",
     ]
     for row, data in stored:
-        parts += [f"## {row.title} (`{row.name}`)", row.text, _table(row, data)]
+        parts += [f"## {row.title} (`{row.name}`)", row.text, _figures(row, data)]
         if row.panels and plots and (plots / f"{row.name}.png").exists():
             parts += [f"![{row.title}](plots/{row.name}.png)"]
         if data["failures"]:
@@ -160,11 +160,11 @@ def _origin(run: dict[str, Any], latest: dict[str, Any]) -> str:
     return f"<sub>{text}</sub>"
 
 
-def _table(row: Row, data: dict[str, Any]) -> str:
+def _figures(row: Row, data: dict[str, Any]) -> str:
     values = data["values"]
     shown = [m for m in row.metrics if any(m.key in columns for columns in values.values())]
     if row.tall:
-        return _lines(_tall(row, shown, values))
+        return table(_tall(row, shown, values))
     header = ["peer"]
     for metric in shown:
         header += [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
@@ -174,11 +174,11 @@ def _table(row: Row, data: dict[str, Any]) -> str:
         line = [_label(row, peer)]
         for metric in shown:
             figures = columns.get(metric.key, [])
-            line += [_figure(figures, metric)]
+            line += [figure(figures, metric)]
             for _, base in _ratios(row, metric):
                 line += [_ratio(figures, values.get(base, {}).get(metric.key, []))]
         lines.append(line)
-    return _lines(lines)
+    return table(lines)
 
 
 def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[str]]:
@@ -192,7 +192,7 @@ def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[st
         line = [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
         for peer, columns in values.items():
             figures = columns.get(metric.key, [])
-            line += [_figure(figures, metric)]
+            line += [figure(figures, metric)]
             if ratios[peer]:
                 base = values[BASELINE].get(metric.key, [])
                 line += [_ratio(figures, base) if metric.ratio else ""]
@@ -200,8 +200,9 @@ def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[st
     return lines
 
 
-def _lines(table: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+def table(lines: list[list[str]]) -> str:
+    """A table in Markdown; the second line is the one under the headings."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _ratios(row: Row, metric: Metric) -> list[tuple[str, str]]:
@@ -216,7 +217,8 @@ def _label(row: Row, peer: str) -> str:
     return "multiprocessing (spawn)" if peer == "multiprocessing-spawn" else peer
 
 
-def _figure(values: list[float | None], metric: Metric) -> str:
+def figure(values: list[float | None], metric: Metric) -> str:
+    """The median, and the range if there is one."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -230,18 +232,18 @@ def _figure(values: list[float | None], metric: Metric) -> str:
 
 def _ratio(values: list[float | None], base: list[float | None]) -> str:
     ratios = [a / b for a, b in zip(values, base, strict=False) if a is not None and b]
-    return _significant(statistics.median(ratios)) if ratios else "-"
+    return significant(statistics.median(ratios)) if ratios else "-"
 
 
 def _number(value: float, unit: str) -> str:
     if unit in COUNTED and value >= 1e6:
-        return f"{_significant(value / 1e6)}M"
+        return f"{significant(value / 1e6)}M"
     if unit in COUNTED and value >= 1e3:
-        return f"{_significant(value / 1e3)}k"
-    return _significant(value)
+        return f"{significant(value / 1e3)}k"
+    return significant(value)
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three digits that mean something: 0.0123, 1.05, 36.8, 183, 10960; a count stays whole."""
     if value == int(value):
         return str(int(value))

@@ -135,10 +135,11 @@ def _outcome(samples: list[Sample], done: dict[str, int], pid: int, failure: str
     return {"samples": samples, "done": done, "left": left_over(pid), "failure": failure}
 
 
-def slope(points: list[tuple[float, float]]) -> float:
-    """The slope of the straight line that fits best."""
-    xs, ys = zip(*points, strict=True)
-    return statistics.linear_regression(xs, ys).slope
+def trend(xs: list[float], ys: list[float]) -> tuple[float, float]:
+    """How far the straight line that fits best rises from the first to the last, and how sure."""
+    line = statistics.linear_regression(xs, ys)
+    rest = [y - line.intercept - line.slope * x for x, y in zip(xs, ys, strict=True)]
+    return line.slope * (xs[-1] - xs[0]), statistics.pstdev(rest) * (12 / len(xs)) ** 0.5
 
 
 class Growth(NamedTuple):
@@ -158,7 +159,7 @@ def growths(samples: list[Sample]) -> list[Growth]:
     load = [seen for seen in load if seen.seconds >= WARM_UP * load[-1].seconds]
     if len(load) < 3:
         raise SystemExit("too few samples: let it run for longer (--minutes)")
-    span = load[-1].seconds - load[0].seconds
+    times = [seen.seconds for seen in load]
     found = []
     for key, title, unit, least in (
         ("uss", "master, private", "MB", LEAST),
@@ -170,10 +171,11 @@ def growths(samples: list[Sample]) -> list[Growth]:
         ("descriptors", "descriptors of the master", "", 8.0),
     ):
         values = [float(getattr(seen, key)) for seen in load]
-        rise = slope([(seen.seconds, value) for seen, value in zip(load, values, strict=True)])
+        rise, error = trend(times, values)
         mean = statistics.mean(values)
-        flat = rise * span < max(FLAT * mean, least)
-        found.append(Growth(title, unit, mean, max(values), rise * 3600, flat))
+        flat = rise < max(FLAT * mean, least) + 2 * error
+        hourly = rise * 3600 / (times[-1] - times[0])
+        found.append(Growth(title, unit, mean, max(values), hourly, flat))
     return found
 
 
@@ -181,16 +183,16 @@ def verdict(outcome: dict[str, Any], rows: list[Growth]) -> list[str]:
     """What is wrong; nothing, if all is well."""
     samples: list[Sample] = outcome["samples"]
     wrong = [f"the program failed: {outcome['failure']}"] if outcome["failure"] else []
-    for row in rows:
-        if not row.flat:
-            wrong.append(f"{row.title} grows by {row.hourly:.1f} {row.unit} an hour")
+    growing = [row for row in rows if not row.flat]
+    wrong += [f"{row.title} grows by {row.hourly:.1f} {row.unit} an hour" for row in growing]
     if outcome["left"]:
         wrong.append(f"left behind: {', '.join(outcome['left'])}")
     closed = [seen for seen in samples if seen.step == "closed"]
     if closed and max(closed[-1].mapped, closed[-1].files) > 1.0:
         last = closed[-1]
         wrong.append(
-            f"with the pool closed, {last.files:.1f} MB are in /dev/shm, {last.mapped:.1f} MB mapped"
+            f"with the pool closed, {last.files:.1f} MB are in /dev/shm and {last.mapped:.1f} MB "
+            "are mapped"
         )
     return wrong
 
@@ -204,11 +206,12 @@ def render(
     lines = [
         "# Soak",
         "",
-        f"Written by `{about['command']}` on {about['date']}; {about['machine']}; Python "
+        f"Written by `{about['command']}` on {about['date']}; {about['machine']}; Python",
         f"{platform.python_version()}. What runs is in `benchmarks/load.py`.",
         "",
-        f"{about['minutes']:g} minutes of load on {about['workers']} workers: {acts}. The results were "
-        "compared with what they should be. The first fifth of the time is left out of what follows.",
+        f"{about['minutes']:g} minutes of load on {about['workers']} workers: {acts}.",
+        "The results were compared with what they should be. The first fifth of the time is left",
+        "out of what follows.",
         "",
         "**Verdict: " + ("; ".join(wrong) if wrong else "flat, and nothing is left") + ".**",
         "",
@@ -229,10 +232,8 @@ def render(
         seen = [sample for sample in samples if sample.step == step]
         if seen:
             last = seen[-1]
-            lines += [
-                f"| {title} | {last.uss:.1f} | {last.mapped:.1f} | {last.files:.1f} "
-                f"| {last.threads} | {last.descriptors} |"
-            ]
+            memory = f"{last.uss:.1f} | {last.mapped:.1f} | {last.files:.1f}"
+            lines += [f"| {title} | {memory} | {last.threads} | {last.descriptors} |"]
     lines += [f"| the program has ended | - | - | {len(outcome['left'])} files | - | - |"]
     return "\n".join(lines) + "\n"
 

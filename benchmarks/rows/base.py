@@ -17,6 +17,11 @@ class Metric:
     title: str
     unit: str
     ratio: bool = True  # whether a column with the ratio to the baseline follows
+    more: bool = False  # more is better, which else the unit says
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.more or self.unit in (*COUNTED, "GB/s")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,13 @@ def _simulated(workers: int) -> Case:
     return Case(
         str(workers),
         tuple(
-            Metric(f"{workers}-{key}", f"{workers:,} workers, {title}", unit, ratio=False)
+            Metric(
+                f"{workers}-{key}",
+                f"{workers:,} workers, {title}",
+                unit,
+                ratio=False,
+                more=key.endswith("share"),
+            )
             for key, title, unit in (
                 ("ready", "until all are ready", "s"),
                 ("memory", "memory of the master for each", "kB"),
@@ -86,8 +92,8 @@ SCALE = (
         "A thousand workers",
         "1,024 workers on this machine: seconds until as many tasks run at the same time, memory "
         "of a worker, cost of an empty task of a `map` with chunksize=1 (with 2 workers, with "
-        "1,024, and their ratio; and the master's processor time in it), and seconds to close: less is "
-        "better.",
+        "1,024, and their ratio; and the master's processor time in it), and seconds to close: "
+        "less is better.",
         (
             Case(
                 "thousand",
