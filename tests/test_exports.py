@@ -12,6 +12,7 @@ PUBLIC = set(multiprocessing.__all__) | {
     "ConfigError",
     "FiberContext",
     "FiberError",
+    "ObjectRef",
     "PeerDied",
     "PoolBroken",
     "PoolClosed",
@@ -28,6 +29,7 @@ PUBLIC = set(multiprocessing.__all__) | {
     "config",
     "init",
     "meta",
+    "put",
     "reset",
 }
 

@@ -72,6 +72,7 @@ allow_connection_pickling = _default.allow_connection_pickling
 freeze_support = _default.freeze_support
 get_logger = _default.get_logger
 log_to_stderr = _default.log_to_stderr
+put = _default.put
 set_executable = _default.set_executable
 set_forkserver_preload = _default.set_forkserver_preload
 
@@ -89,6 +90,7 @@ __all__ = [
     "JoinableQueue",
     "Lock",
     "Manager",
+    "ObjectRef",
     "PeerDied",
     "Pipe",
     "Pool",
@@ -128,6 +130,7 @@ __all__ = [
     "log_to_stderr",
     "meta",
     "parent_process",
+    "put",
     "reducer",
     "reset",
     "set_executable",
@@ -137,6 +140,7 @@ __all__ = [
 
 _MODULES = (
     "connection",
+    "constants",
     "dummy",
     "experimental",
     "heap",
@@ -155,6 +159,7 @@ _MODULES = (
 
 
 if _TYPE_CHECKING:
+    from fiber.constants import ObjectRef
     from fiber.ring import Ring
 
 
@@ -162,6 +167,8 @@ def __getattr__(name: str) -> _Any:
     """Import what multiprocessing's users find as attributes, when it is asked for."""
     if name == "Ring":
         return _importlib.import_module("fiber.ring").Ring
+    if name == "ObjectRef":
+        return _importlib.import_module("fiber.constants").ObjectRef
     if name == "reducer":  # as multiprocessing calls it
         name = "reduction"
     if name in _MODULES:

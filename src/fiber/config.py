@@ -171,6 +171,12 @@ class Config:
         "a whole number of at least 1",
         "Memory that the items read ahead by imap may take, in MB.",
     )
+    shared_memory_mb = Key[int | None](
+        parsers.integer(0),
+        None,
+        "a whole number of at least 0",
+        "Shared memory that each process may lend to others, in MB; None: half of what is free.",
+    )
     workers_per_job = Key[int](
         parsers.integer(1),
         1,

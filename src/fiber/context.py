@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from multiprocessing import context as _mp_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fiber import process as _process
 from fiber.backends import registry
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fiber import managers, queues, sharedctypes, synchronize
     from fiber.connection import Connection
+    from fiber.constants import ObjectRef
     from fiber.pool import Pool as PoolType
 
     _Base = object  # that of multiprocessing is typed for its own start methods only
@@ -39,6 +40,8 @@ __all__ = [
     "get_start_method",
     "set_start_method",
 ]
+
+_T = TypeVar("_T")
 
 START_METHODS = ("spawn", "fork", "forkserver")
 
@@ -198,6 +201,12 @@ class FiberContext(_Base):
         from fiber.sharedctypes import Array
 
         return Array(typecode_or_type, size_or_initializer, lock=lock, ctx=self.get_context())
+
+    def put(self, obj: _T) -> ObjectRef[_T]:
+        """Return a handle of `obj`, which each host fetches once; see `fiber.constants.put`."""
+        from fiber.constants import put
+
+        return put(obj)
 
     def get_context(self, method: str | None = None) -> FiberContext:
         """Return this context, or that of the backend or start method called `method`."""

@@ -333,12 +333,13 @@ class Pool:
     ) -> MapResult:
         master = self._ready(func)
         items = list(iterable)
-        packed = master.pack(func)
+        packed, keeps = master.share(master.pack(func))
+        constants = master.constants_of(how, items)
         result = MapResult(
             self._loop, self, len(items), callback, error_callback, return_exceptions
         )
         with self._loop:
-            master.submit(func, packed, how, result, items, options)
+            master.submit(func, packed, how, result, items, options, constants, keeps)
         return result
 
     def _stream(
@@ -349,10 +350,10 @@ class Pool:
         options: Options,
     ) -> None:
         assert self._master is not None
-        packed = self._master.pack(func)
+        packed, keeps = self._master.share(self._master.pack(func))
         items = iterable if type(iterable) in SEQUENCES else iter(iterable)
         with self._loop:
-            self._master.stream(func, packed, MAP, results, items, options)
+            self._master.stream(func, packed, MAP, results, items, options, keeps)
 
     def _ready(self, func: Function) -> Master:
         """Return the master, with workers as the function's `@fiber.meta` asks for."""

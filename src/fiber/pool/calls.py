@@ -9,14 +9,24 @@ when the results before them are there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import PROTOCOL, Packed, dumps, is_plain
+from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Packed, dumps, is_plain
 
-__all__ = ["Call", "Options", "Sink", "name_of"]
+if TYPE_CHECKING:
+    from fiber.pool.constants import Constants
+
+__all__ = ["LEAST", "LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
+
+LEAST = 1 << 16
+"""Bytes of a pickle: what is smaller is sent with each task that has it."""
+
+LOOKED_AT = 256
+"""Items of a call, at the most, that are searched for what they have in common."""
 
 
 class Options(NamedTuple):
@@ -78,6 +88,9 @@ class Call:
         """Results of a stream that were taken."""
         self.iterator: Any = None
         """A weak reference to who hands out the results of a stream."""
+        self.constants: Constants | None = None
+        self.keeps: Any = None
+        """What keeps a function that the workers share."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
@@ -96,11 +109,13 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
+        number = self.constants.number if self.constants is not None else None
         if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(items, known)
+            packed = dumps(items, known, number=number)
             return packed.data, list(packed.buffers), 1
         groups = [
-            dumps(items[at : at + self.chunk], known) for at in range(0, len(items), self.chunk)
+            dumps(items[at : at + self.chunk], known, number=number)
+            for at in range(0, len(items), self.chunk)
         ]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
@@ -121,3 +136,19 @@ def name_of(function: Callable[..., Any]) -> str:
     while hasattr(function, "func"):  # functools.partial; its arguments may be megabytes
         function = function.func
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def need_a_look(items: Sequence[Any]) -> bool:
+    """Whether items may have something large in common; see `pool.constants`."""
+    if len(items) < 2:
+        return False
+    sample = items[:: -(-len(items) // LOOKED_AT)]
+    kinds = set(map(type, sample))
+    if kinds == {tuple}:
+        kinds = set(map(type, chain.from_iterable(sample)))
+    return not kinds <= PLAIN - SIZED
+
+
+def weight_of(packed: Packed) -> int:
+    """Return how many bytes it takes."""
+    return len(packed.data) + sum(map(len, packed.buffers))

@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.config import config
 from fiber.errors import (
@@ -28,22 +28,29 @@ from fiber.errors import (
     WorkerDied,
 )
 from fiber.pool import protocol
-from fiber.pool.calls import Call, Options, Sink, name_of
+from fiber.pool.calls import LEAST, Call, Options, Sink, name_of, need_a_look, weight_of
 from fiber.pool.crew import Crew, Settings, Worker
+from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import source_of
 from fiber.process import Process
 from fiber.resources import Resources
-from fiber.runtime import session
-from fiber.runtime.loop import Event
-from fiber.wire import exceptions
+from fiber.runtime import folders, session
+from fiber.runtime.logs import WARNING, log
+from fiber.runtime.loop import Event, Timer
+from fiber.wire import arena, exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads, reason
+
+if TYPE_CHECKING:
+    from fiber.pool.constants import Constants
 
 __all__ = ["Master", "PoolStats"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
+_LOOK = 1.0  # seconds between looks whether the user has let go of results
+_ARRIVES = 0.5  # seconds that a message to a home takes at the most, while nothing is stuck
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
 
 
@@ -90,7 +97,8 @@ class Master:
 
     def __init__(self, settings: Settings, resources: Resources) -> None:
         self.settings = settings
-        self.loop = session.current().loop
+        self._session = session.current()
+        self.loop = self._session.loop
         self.closing = False
         self._scheduler = Scheduler()
         self._calls: dict[int, Call] = {}
@@ -102,6 +110,11 @@ class Master:
         self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
+        self._lending = Lending(self._session.arena)
+        self._blind: set[int] = set()  # workers that do not see what is lent to them
+        self._looking: Timer | None = None
+        self._handles: dict[int, tuple[list[Any], bool]] = {}
+        """Of constants, by the batch that they are in; whether it was under way lately."""
         self._crew = Crew(settings, resources, self)
 
     def begin(self) -> None:
@@ -115,6 +128,9 @@ class Master:
         return self._crew.gone
 
     # Calls -------------------------------------------------------------------------------------
+
+    def _memory_folder(self) -> str:
+        return session.current().memory_folder()
 
     def check_open(self) -> None:
         """Raise what the pool says to who wants to submit."""
@@ -142,6 +158,22 @@ class Master:
             self._packed = (function, packed)  # a name stays the same: no need to pickle it again
         return packed
 
+    def constants_of(self, how: int, items: list[Any]) -> Constants | None:
+        """Return what is to be sent once of all that the items have; not within the loop."""
+        if not need_a_look(items):
+            return None
+        from fiber.pool.constants import constants_of  # not needed to import Fiber
+
+        return constants_of(how, items, self._crew.known_names, self._memory_folder)
+
+    def share(self, packed: Packed) -> tuple[Packed, Any]:
+        """Return a function as it shall travel, and what keeps it; not within the loop."""
+        if weight_of(packed) < LEAST:
+            return packed, None
+        from fiber.pool.constants import share_function
+
+        return share_function(packed, self._memory_folder)
+
     def submit(
         self,
         function: Callable[..., Any],
@@ -150,10 +182,12 @@ class Master:
         sink: Sink,
         items: list[Any],
         options: Options,
+        constants: Constants | None = None,
+        keeps: Any = None,
     ) -> None:
         """Begin a call over `items`."""
         call = self._new_call(function, packed, how, sink, options)
-        call.items = items
+        call.items, call.constants, call.keeps = items, constants, keeps
         self._schedule(call, len(items), options)
         self._act()
 
@@ -165,11 +199,13 @@ class Master:
         results: IMapUnorderedIterator,
         iterable: Iterable[Any],
         options: Options,
+        keeps: Any,
     ) -> None:
         """Begin a call over an iterable that is read as results are taken."""
         self.check_open()
         arrivals = results.bind(self._call_ids + 1)
         call = self._new_call(function, packed, how, arrivals, options)
+        call.keeps = keeps
         call.iterator = _Reference(results, self._dropped.append)
         call.iterator.call = call.id
         ahead = config.imap_buffer * self.settings.processes
@@ -256,16 +292,38 @@ class Master:
     def _forget(self, call: Call) -> None:
         if call.source is not None:
             call.source.stop()
-        for number in call.known_by:
+        told = call.constants.told if call.constants is not None else set()
+        for number in call.known_by | told:
             self._crew.workers[number].post(protocol.FORGET, pickle.dumps(call.id))
         if self.closing:
             self._crew.dismiss()
+
+    # What is lent ------------------------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        if self._looking is None:
+            self._looking = self.loop.call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """Give back what the user has let go of, which nothing tells."""
+        self._looking = None
+        self._give_back()
+        if self._lending.holding and self._crew.workers:
+            self._look_soon()
+
+    def _give_back(self) -> None:
+        for owner, body in self._lending.returns().items():
+            worker = self._crew.workers.get(owner)  # type: ignore[call-overload]
+            if worker is not None:
+                worker.post(protocol.RETURN, body)
 
     # What the scheduler asks for ---------------------------------------------------------------
 
     def _act(self) -> None:
         while self._dropped:
             self.cancel(self._dropped.popleft().call)
+        if self._lending.ended:
+            self._give_back()
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
         self._acting = True
@@ -290,8 +348,10 @@ class Master:
         if call is None:
             return
         items = call.take(batch.start, batch.stop)
+        handles: list[Any] = []
         try:
-            data, buffers, groups = call.pack(items, self._crew.known_names)
+            with session.lending(handles):
+                data, buffers, groups = call.pack(items, self._crew.known_names)
         except BaseException as error:  # a user's code ran, and may have raised anything
             if len(items) > 1:
                 self._scheduler.unloadable(batch.id)  # one by one, to find which
@@ -301,7 +361,16 @@ class Master:
                 error = SerializationError(text)
             self._settle_failed(batch, error)
             return
-        self._scheduler.weigh(call.id, (len(data) + sum(map(len, buffers))) / len(items))
+        if handles:
+            self._keep_handles(batch.id, handles)
+        weight = (len(data) + sum(map(len, buffers))) / len(items)
+        if call.constants is not None:
+            weight += call.constants.size
+            if worker.id not in call.constants.told:
+                call.constants.told.add(worker.id)
+                sources = [tuple(source) for source in call.constants.sources]
+                worker.post(protocol.CONSTANTS, pickle.dumps((call.id, sources)))
+        self._scheduler.weigh(call.id, weight)
         function, function_buffers = b"", ()
         if worker.id not in call.known_by:
             function, function_buffers, _ = call.packed  # type: ignore[assignment]
@@ -318,10 +387,32 @@ class Master:
             len(function_buffers),
             len(function),
         )
-        worker.post(protocol.BATCH, head + function + data, [*function_buffers, *buffers])
+        kind, buffers = protocol.BATCH, [*function_buffers, *buffers]
+        if buffers and not (worker.child.agent.elsewhere or worker.id in self._blind):
+            kind, buffers = self._lending.pack(worker.id, kind, buffers)  # type: ignore[assignment]
+            if kind != protocol.BATCH:
+                self._session.tend_arena()
+        worker.post(kind, head + function + data, buffers)
         if call.timeout is not None:
             when = monotonic() + call.timeout
             worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
+
+    def _keep_handles(self, batch: int, handles: list[Any]) -> None:
+        """Keep constants until a worker has unpickled the batch, and said so to their homes."""
+        if not self._handles:
+            self.loop.call_later(_ARRIVES, self._drop_handles)
+        self._handles[batch] = (handles, True)
+
+    def _drop_handles(self) -> None:
+        """Drop those of batches that are done, and were already the last time."""
+        under_way = {batch.id for batch in self._scheduler.assigned()}
+        self._handles = {
+            batch: (handles, batch in under_way)
+            for batch, (handles, fresh) in self._handles.items()
+            if fresh or batch in under_way
+        }
+        if self._handles:
+            self.loop.call_later(_ARRIVES, self._drop_handles)
 
     def _expire(self, batch: Batch, call: Call) -> None:
         """An item took too long: it fails, and its worker is ended."""
@@ -406,6 +497,13 @@ class Master:
         self._scheduler.worker_down(worker.id, charged=not self._is_innocent(worker))
         for call in self._calls.values():
             call.known_by.discard(worker.id)
+            if call.constants is not None:
+                call.constants.told.discard(worker.id)
+        self._lending.gone(worker.id)
+        self._blind.discard(worker.id)
+        if not worker.child.agent.elsewhere:
+            memory = folders.memory_folder(self._session.folder)
+            arena.remove(memory, arena_name(worker.child.pid))
         self._act()
 
     def _is_innocent(self, worker: Worker) -> bool:
@@ -430,8 +528,21 @@ class Master:
             self.terminate(error)
 
     def worker_sent(self, worker: Worker, frame: Frame) -> None:
-        """A worker sent results, or could not load a batch."""
-        if frame.kind == protocol.RESULTS:
+        """A worker sent results, or could not load a batch, or gives back what it was lent."""
+        if frame.kind & LENT:
+            try:
+                frame = self._lending.unpack(worker.id, frame)
+            except OSError as error:
+                text = "results of %s cannot be read, so that it is ended: %s"
+                log(WARNING, text, worker.child.name, error)
+                worker.kill()  # they will be computed again elsewhere
+                return
+            self._look_soon()
+        if frame.kind == protocol.RETURN:
+            self._lending.taken_back(worker.id, frame.body)
+        elif frame.kind == protocol.BLIND:
+            self._on_blind(worker, pickle.loads(frame.body))
+        elif frame.kind == protocol.RESULTS:
             self._on_results(worker, frame)
         elif frame.kind == protocol.UNLOADABLE:
             self._on_unloadable(worker, frame)
@@ -483,6 +594,14 @@ class Master:
         )
         error.__cause__ = cause
         self._settle_failed(batch, error)
+
+    def _on_blind(self, worker: Worker, number: int) -> None:
+        self._blind.add(worker.id)
+        for batch in self._scheduler.batches_of(worker.id):
+            call = self._calls.get(batch.call.id)
+            if batch.id == number and call is not None:
+                call.known_by.discard(worker.id)
+        self._scheduler.unloadable(number)
 
     # The end -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What a pool's master and its workers say to each other.
 
-    master ─ INITIALIZE, MARKS, BATCH, FORGET, STOP ─► worker
-    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE ─ worker
+    master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, RETURN, STOP ─► worker
+    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, BLIND, RETURN ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
 the user travels inside them as bytes that were pickled apart, so that what cannot be unpickled
@@ -20,12 +20,15 @@ __all__ = [
     "APPLY",
     "BATCH",
     "BATCH_HEAD",
+    "BLIND",
+    "CONSTANTS",
     "FORGET",
     "INITIALIZE",
     "INITIALIZER_FAILED",
     "MAP",
     "MARKS",
     "RESULTS",
+    "RETURN",
     "STARMAP",
     "STOP",
     "UNLOADABLE",
@@ -34,7 +37,8 @@ __all__ = [
     "split",
 ]
 
-INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, MARKS = range(2, 11)
+INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
+MARKS, RETURN, BLIND, CONSTANTS = range(10, 14)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -48,6 +52,9 @@ INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, MA
                         buffers, {position: exception}; then buffers
     UNLOADABLE          batch, exception
     MARKS               path, place; see `pool.marks`
+    CONSTANTS           call, sources; see `pool.constants`
+    RETURN              loans that are over; see `pool.lending`
+    BLIND               batch, whose buffers cannot be seen where the master has put them
 """
 
 MAP, STARMAP, APPLY = range(3)

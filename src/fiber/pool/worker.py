@@ -14,6 +14,7 @@ in the socket, so that others can run it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import select
@@ -21,19 +22,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
+from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
     APPLY,
     BATCH,
     BATCH_HEAD,
+    BLIND,
+    CONSTANTS,
     FORGET,
     INITIALIZE,
     INITIALIZER_FAILED,
     MARKS,
     RESULTS,
+    RETURN,
     STARMAP,
     STOP,
     UNLOADABLE,
@@ -41,13 +46,18 @@ from fiber.pool.protocol import (
     BatchHead,
     split,
 )
+from fiber.runtime import folders, session
 from fiber.runtime.endpoint import HELLO
 from fiber.runtime.places import connect
 from fiber.runtime.poller import Patience
 from fiber.wire import exceptions
+from fiber.wire.arena import LEAST, TICK, Arena, Loan
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Buffer, Frame
 from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
+
+if TYPE_CHECKING:
+    from fiber.pool.loader import Loader
 
 __all__ = ["run"]
 
@@ -66,7 +76,7 @@ def run(address: str, token: str) -> None:
         return  # the master is gone: there is nobody to work for
     try:
         channel.send(HELLO, pickle.dumps({"token": token}))
-        Worker(channel).work()
+        Worker(channel, _lending(address)).work()
     except (EOFError, ConnectionError):
         pass  # gone as well
     finally:
@@ -74,22 +84,33 @@ def run(address: str, token: str) -> None:
         channel.close()
 
 
+def _lending(address: str) -> Lending:
+    """Return what is lent to the master at `address`: nothing if it is in another place."""
+    folder = os.path.dirname(address.removeprefix("unix:"))
+    near = folder == session.folder()
+
+    def memory() -> str:
+        os.close(folders.hold_memory(folder))  # the session holds it
+        return folders.memory_folder(folder)
+
+    limit = session.memory_limit if near else lambda: 0
+    return Lending(Arena(memory, arena_name(os.getpid()), limit))
+
+
 class _Pickled(NamedTuple):
     """A result that is pickled already."""
 
-    packed: Packed
+    data: bytes
+    buffers: Sequence[Buffer | Loan]
 
 
-def _pickle(value: object, last: bool) -> _Pickled:
+def _pickle(value: object, last: bool, lend: Callable[[Buffer], Loan | None]) -> _Pickled:
     """Pickle a result; its buffers stay where they are only if it is the `last` of its batch."""
     try:
         if last:
-            return _Pickled(dumps(value))
-        try:
-            return _Pickled(Packed(pickle.dumps(value, PROTOCOL), ()))
-        except Exception:
-            packed = dumps(value)  # by value, or it says why not
-            return _Pickled(Packed(packed.data, [bytes(buffer) for buffer in packed.buffers]))
+            return _Pickled(*dumps(value)[:2])
+        packed = dumps(value, apart=LEAST)
+        return _Pickled(packed.data, [lend(buffer) or bytes(buffer) for buffer in packed.buffers])
     except Exception as error:
         what = f"the result of the task, a {type(value).__name__}, cannot be pickled"
         why = str(error) if isinstance(error, SerializationError) else reason(error)
@@ -107,12 +128,19 @@ def _text_of(value: object) -> str:
 class _Job:
     """A batch while it is run."""
 
-    def __init__(self, head: BatchHead, function: Callable[..., Any], items: deque[Any]) -> None:
+    def __init__(
+        self,
+        head: BatchHead,
+        function: Callable[..., Any],
+        items: deque[Any],
+        lend: Callable[[Buffer], Loan | None],
+    ) -> None:
         self.id = head.batch
         self.how = head.how
         self.careful = head.careful
         self.chunk = head.chunk
         self.function = function
+        self.lend = lend
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
         self.size = len(items)
         self.values: list[Any] = []
@@ -132,7 +160,8 @@ class _Job:
         else:
             values = (function(item) for item in source)
         # At once, for the next task may change what this one returned.
-        return (v if type(v) in PLAIN else _pickle(v, not self.items) for v in values)
+        lend = self.lend
+        return (v if type(v) in PLAIN else _pickle(v, not self.items, lend) for v in values)
 
     def fail(self, error: BaseException) -> None:
         """The item after the last value raised `error`."""
@@ -148,14 +177,17 @@ class _Job:
 class Worker:
     """See the module."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, lending: Lending) -> None:
         self._channel = channel
+        self._lending = lending
+        self._lend = functools.partial(lending.lend, None)
         self._inbox: deque[Frame] = deque()
         self._arrived = select.poll()
         self._arrived.register(channel.fileno(), select.POLLIN)
         self._patience = Patience()
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
+        self._constants: Loader | None = None
         self._job: _Job | None = None
         self._mark: list[int] | memoryview = [0]  # see `pool.marks`
         self._batches = 0  # how many were begun
@@ -167,23 +199,32 @@ class Worker:
         """Serve until STOP."""
         while True:
             frame = self._next()
-            if frame.kind == BATCH:
+            if frame.kind & ~LENT == BATCH:
                 self._run(frame)
             elif frame.kind == FORGET:
                 call = pickle.loads(frame.body)
                 self._functions.pop(call, None)
                 self._unloaded.pop(call, None)
+                if self._constants is not None:
+                    self._constants.forget(call)
+            elif frame.kind == CONSTANTS:
+                self._learn(frame)
             elif frame.kind == MARKS:
                 with contextlib.suppress(OSError):
                     self._mark = map_mark(*pickle.loads(frame.body))
             elif frame.kind == INITIALIZE:
                 if not self._initialize(frame):
                     return
+            elif frame.kind == RETURN:
+                with self._lock:
+                    self._lending.taken_back(None, frame.body)
             elif frame.kind == STOP:
                 return
 
     def _next(self) -> Frame:
         while not self._inbox:
+            if self._lending.holding or self._lending.arena.backed:
+                self._tidy()
             patience = self._patience
             patience.begin()
             while patience.looks and not self._arrived.poll(0) and patience.lasts():
@@ -192,8 +233,33 @@ class Worker:
             patience.end()
         return self._inbox.popleft()
 
-    def _send(self, kind: int, body: object, buffers: list[Buffer] | tuple[()] = ()) -> None:
+    def _tidy(self) -> None:
+        """Give back what is over, and while there is nothing else to do what is not needed."""
+        timeout = 0.0
+        while not self._arrived.poll(timeout * 1000):
+            with self._lock:
+                if self._lending.ended:
+                    self._give_back()
+                    self._channel.flush()
+                if timeout and not self._lending.arena.tick() and not self._lending.holding:
+                    return
+            timeout = TICK
+
+    def _give_back(self) -> None:
+        """Post what is over. With the lock."""
+        for body in self._lending.returns().values():
+            self._channel.post(RETURN, body)
+
+    def _send(self, kind: int, body: object, buffers: Sequence[Buffer] = ()) -> None:
         self._channel.send(kind, pickle.dumps(body, PROTOCOL), buffers)
+
+    def _learn(self, frame: Frame) -> None:
+        """Take note of constants that batches of a call refer to."""
+        if self._constants is None:
+            from fiber.pool.loader import Loader  # here, for few need it
+
+            self._constants = Loader()
+        self._constants.tell(*pickle.loads(frame.body))
 
     def _initialize(self, frame: Frame) -> bool:
         try:
@@ -210,11 +276,20 @@ class Worker:
 
     def _run(self, frame: Frame) -> None:
         head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
+        if frame.kind & LENT:
+            with self._lock:
+                seen = self._see(head, frame)
+            if seen is None:
+                return
+            frame = seen
         self._mark[0] = head.batch
         try:
             function = self._function(head, frame)
             data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
-            items = _load_items(head, data, frame.buffers[head.function_buffers :])
+            buffers = frame.buffers[head.function_buffers :]
+            loader = self._constants
+            load = loads if loader is None else loader.loads_for(head.call)
+            items = _load_items(head, data, buffers, load)
             if len(items) != head.items:
                 raise ValueError(f"{len(items)} items came instead of {head.items}")
         except BaseException as error:
@@ -222,12 +297,21 @@ class Worker:
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
             return
-        job = _Job(head, function, items)
+        del frame  # which has views of the items
+        job = _Job(head, function, items, self._lend)
         self._begin(job)
         if job.careful:
             self._run_carefully(job)
         else:
             self._run_all(job)
+
+    def _see(self, head: BatchHead, frame: Frame) -> Frame | None:
+        """Return a batch with what was lent; None if it must be sent again. With the lock."""
+        try:
+            return self._lending.unpack(None, frame)
+        except OSError:  # too many files are open perhaps
+            self._send(BLIND, head.batch)
+            return None
 
     def _function(self, head: BatchHead, frame: Frame) -> Callable[..., Any]:
         """Return the function of a batch, which may come with it or have come before."""
@@ -282,6 +366,8 @@ class Worker:
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
+        if self._lending.ended:
+            self._give_back()
         first, values = job.sent, job.values
         if first or done < len(values):
             values = values[first:done]
@@ -290,16 +376,17 @@ class Worker:
             places = [place for place in list(job.errors) if first <= place < done]
             errors = {place - first: job.errors[place] for place in places}
         job.sent = done
-        buffers: list[Buffer] = []
+        buffers: list[Buffer | Loan] = []
         if is_plain(values):
             body: tuple[Any, ...] = (job.id, returned, seconds, values, None, None, errors)
         else:
-            pickled = [v if type(v) is _Pickled else _Pickled(dumps(v)) for v in values]
-            packed = [value.packed.data for value in pickled]
-            counts = [len(value.packed.buffers) for value in pickled]
-            buffers = [buffer for value in pickled for buffer in value.packed.buffers]
+            pickled = [v if type(v) is _Pickled else _Pickled(*dumps(v)[:2]) for v in values]
+            packed = [value.data for value in pickled]
+            counts = [len(value.buffers) for value in pickled]
+            buffers = [buffer for value in pickled for buffer in value.buffers]
             body = (job.id, returned, seconds, None, packed, counts, errors)
-        self._send(RESULTS, body, buffers)
+        kind, others = self._lending.pack(None, RESULTS, buffers) if buffers else (RESULTS, ())
+        self._send(kind, body, others)
 
     # The keeper --------------------------------------------------------------------------------
 
@@ -341,8 +428,13 @@ class Worker:
                 self._inbox.extend(self._channel.read())
             for _ in range(len(self._inbox)):
                 frame = self._inbox.popleft()
-                if frame.kind == BATCH:
+                if frame.kind & ~LENT == BATCH:
                     head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
+                    if frame.kind & LENT:
+                        found = self._see(head, frame)
+                        if found is None:
+                            continue
+                        frame = found
                     if head.function_size and head.how != APPLY:
                         self._unloaded[head.call] = _packed_function(head, frame)
                     self._send(RESULTS, (head.batch, head.items, 0.0, [], None, None, {}))
@@ -357,13 +449,18 @@ class Worker:
         return len(job.items) > -begun % job.chunk
 
 
-def _load_items(head: BatchHead, data: Buffer, buffers: Sequence[Buffer]) -> deque[Any]:
+def _load_items(
+    head: BatchHead,
+    data: Buffer,
+    buffers: Sequence[Buffer],
+    load: Callable[[Buffer, Sequence[Buffer]], Any],
+) -> deque[Any]:
     if head.groups == 1:
-        return deque(loads(data, buffers))
+        return deque(load(data, buffers))
     items: deque[Any] = deque()
     groups = pickle.loads(data)
     for (group, _), its in zip(groups, split(buffers, [n for _, n in groups]), strict=True):
-        items.extend(loads(group, its))
+        items.extend(load(group, its))
     return items
 
 

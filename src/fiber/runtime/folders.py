@@ -32,6 +32,7 @@ __all__ = [
 SECRET_FILE = "secret"
 SESSION_LINK = "session"  # in a session's folder for shared memory: where its own folder is
 ENTRY = "shm:"  # begins the names of a session's entries for shared memory outside its folders
+LENT = ".lent"  # ends the names of folders with memory that a process lends; see `wire.arena`
 _PREFIX = f"fiber-{os.getuid()}-"
 _MEMORY = "/dev/shm"  # not on macOS, where files have to do
 _IDENTITY = 4  # random bytes by which sessions, and places of one, are told from each other
@@ -148,7 +149,12 @@ def _remove_file(folder: str, name: str) -> None:
         with contextlib.suppress(OSError):
             _remove_shared_memory(name.removeprefix(ENTRY), int(os.readlink(path)))
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+        if name.endswith(LENT):
+            for inner in os.listdir(path):
+                _remove_file(path, inner)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
 
 
 def _remove_shared_memory(name: str, inode: int) -> None:

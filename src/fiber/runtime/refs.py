@@ -58,7 +58,7 @@ Accept = Callable[[Any, Sequence[Buffer]], Any]
 class _Call:
     """A call under way to another process's home; a `Request` stands for one to our own."""
 
-    __slots__ = ("accept", "buffers", "done", "error", "key", "result", "undo")
+    __slots__ = ("accept", "buffers", "done", "error", "failed", "key", "result", "undo")
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -68,6 +68,7 @@ class _Call:
         self.buffers: Sequence[Buffer] = ()
         self.undo: Callable[[Any], object] | None = None
         self.accept: Accept | None = None
+        self.failed: Callable[[], object] | None = None
 
 
 class Here:
@@ -263,6 +264,8 @@ class Peer:
                 call.error, call.result = error, result
             elif error is None:
                 call.undo(result)
+            if call.failed is not None and error is not None:
+                call.failed()
             call.done.set()
         elif frame.kind == FREE:
             self._session.blocks.take_back(body)
@@ -275,6 +278,8 @@ class Peer:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.error = self._died()
+            if call.failed is not None:
+                call.failed()
             call.done.set()
 
     def counter(self) -> tuple[memoryview | None, int]:
@@ -452,8 +457,22 @@ class Ref:
             raise call.error
         return call
 
-    def begin(self, method: str, *args: Any, accept: Callable[[Any, Any], Any]) -> None:
+    def begin(
+        self,
+        method: str,
+        *args: Any,
+        accept: Callable[[Any, Any], Any],
+        failed: Callable[[], object] | None = None,
+    ) -> Callable[[], None]:
         """Have the object do something, and do not wait: its answer goes to `accept`, in the loop.
+
+        Args:
+            method, args: as for `call`.
+            accept: called with the answer and its buffers.
+            failed: called, within the loop as well, if there will be no answer.
+
+        Returns:
+            What tells the home, from anywhere, that the answer is not wanted any more.
 
         Raises:
             PeerDied: the home is known to be gone.
@@ -461,7 +480,12 @@ class Ref:
         way = self.way
         way.connect()
         with way.loop:
-            way.begin(self.id, method, args, (), accept)
+            call = way.begin(self.id, method, args, (), accept)
+            if isinstance(call, _Call):
+                call.failed = failed
+            elif call.error is not None and failed is not None:  # at once, for it is here
+                failed()
+        return lambda: way.loop.call_soon(lambda: way.abandon(call, None))
 
     def cast(self, method: str, *args: Any, buffers: Sequence[Buffer] = ()) -> None:
         """Have the object do something, and do not wait for it.

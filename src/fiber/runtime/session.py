@@ -21,14 +21,16 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
+from fiber.config import config
 from fiber.errors import PeerDied
 from fiber.runtime import folders, logs, main
 from fiber.runtime.agency import Agency
 from fiber.runtime.agents import Agent, Child
 from fiber.runtime.endpoint import Endpoint
 from fiber.runtime.logs import DEBUG, WARNING, log
-from fiber.runtime.loop import Event, Loop
+from fiber.runtime.loop import Event, Loop, Timer
 from fiber.runtime.signals import Deferral
+from fiber.wire import arena
 from fiber.wire.auth import new_secret
 from fiber.wire.channel import Channel
 
@@ -70,6 +72,8 @@ class Session:
         self.agency = Agency(self, "network" in _inherited, self._on_exited)
         self._home: Home | None = None
         self.blocks = Blocks(self.memory_folder)
+        self.arena = arena.Arena(self.memory_folder, str(os.getpid()), memory_limit)
+        self._tending: Timer | None = None
         self._memory_hold: int | None = None
         self.reader = Reader()
         self._loans: Loans | None = None
@@ -143,6 +147,16 @@ class Session:
             self._memory_hold = folders.hold_memory(self.folder)
         return folders.memory_folder(self.folder)
 
+    def tend_arena(self) -> None:
+        """Have the arena give up what is not needed. Within the loop."""
+        if self._tending is None:
+            self._tending = self.loop.call_later(arena.TICK, self._tend_arena)
+
+    def _tend_arena(self) -> None:
+        self._tending = None
+        if self.arena.tick():
+            self.tend_arena()
+
     def keep_clean(self) -> None:
         """See that somebody removes what the session has here should this process be killed."""
         folder = self.folder  # which is made now if there was none
@@ -183,11 +197,17 @@ class Session:
 
     def _on_exited(self, child: Child, code: int | None) -> None:
         """A process that we started has ended, which nobody knows yet."""
+        if self._folder is not None and not child.agent.elsewhere:
+            arena.remove(folders.memory_folder(self._folder), str(child.pid))
         if self._home is not None and child.pid is not None:
             process = (child.agent.place, child.pid)
             self._home.read_all(process)
             if child.handed:
                 self._home.ended(child.name, process, child.handed, code != 0)
+        if code != 0 and not child.agent.elsewhere and self._folder is not None:
+            from fiber.runtime import snapshots
+
+            snapshots.sweep(folders.memory_folder(self._folder))
 
     @property
     def master_address(self) -> str | None:
@@ -225,6 +245,7 @@ class Session:
             if self._endpoint is not None:
                 self._endpoint.close()
             self.blocks.close()
+            self.arena.close()
             self.reader.close()
             self._let_go_of_memory()
         self.loop.close(reason)
@@ -271,6 +292,12 @@ class Session:
             self._lock = None
         if self._janitor is not None:
             self._janitor.forget()
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that this process may lend to others, None for what there is room for."""
+    megabytes = config.shared_memory_mb
+    return None if megabytes is None else megabytes << 20
 
 
 # The session of this process -------------------------------------------------------------------
@@ -423,6 +450,28 @@ def handing() -> Iterator[set[int]]:
         yield handed
     finally:
         _handing.handed = None
+
+
+@contextlib.contextmanager
+def lending(refs: list[Any]) -> Iterator[None]:
+    """Add to `refs`, in this thread, the constants whose handles are pickled meanwhile.
+
+    They are kept by who does this until the handles have arrived: they need no tickets.
+    """
+    _handing.refs = refs
+    try:
+        yield
+    finally:
+        _handing.refs = None
+
+
+def lend(ref: Any) -> bool:
+    """A handle of a constant is being pickled: whether somebody will keep it; see `lending`."""
+    refs: list[Any] | None = getattr(_handing, "refs", None)
+    if refs is None:
+        return False
+    refs.append(ref)
+    return True
 
 
 def hand(target: int) -> None:

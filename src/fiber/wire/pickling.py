@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import io
 import operator
 import pickle
 import sys
@@ -82,7 +83,14 @@ def is_flat(obj: object) -> bool:
     return kind is not dict or is_flat(tuple(obj.values()))  # type: ignore[attr-defined]
 
 
-def dumps(obj: object, known: Container[str] | None = None, *, share: bool = False) -> Packed:
+def dumps(
+    obj: object,
+    known: Container[str] | None = None,
+    *,
+    share: bool = False,
+    number: Number | None = None,
+    apart: int = _IN_BAND,
+) -> Packed:
     """Pickle `obj`, with its large buffers left out of band.
 
     Args:
@@ -91,6 +99,9 @@ def dumps(obj: object, known: Container[str] | None = None, *, share: bool = Fal
             and classes of `__main__` that it lacks are sent whole instead of by name.
         share: heed all that is registered with `ForkingPickler`. Such a pickle may be good for one
             receiver only, and only while this process lives.
+        number: returns the number by which the receiver knows an object, or None; such objects are
+            left out, and it must unpickle by a `pickle.Unpickler` of its own.
+        apart: bytes from which on a buffer is kept out of band.
 
     Raises:
         SerializationError: it cannot be pickled; the message says what and why. An exception of
@@ -101,7 +112,7 @@ def dumps(obj: object, known: Container[str] | None = None, *, share: bool = Fal
     def keep(buffer: pickle.PickleBuffer) -> bool:
         """Say whether it goes in band."""
         raw = buffer.raw()
-        if raw.nbytes < _IN_BAND:
+        if raw.nbytes < apart:
             return True
         buffers.append(raw)
         return False
@@ -111,11 +122,14 @@ def dumps(obj: object, known: Container[str] | None = None, *, share: bool = Fal
         try:
             if share:
                 return Packed(b"".join(_dump_by_name(obj, keep)), buffers)
+            if number is not None:
+                return Packed(_dump_numbered(obj, number, keep), buffers)
             return Packed(pickle.dumps(obj, PROTOCOL, buffer_callback=keep), buffers)
         except Exception:
             buffers.clear()  # what cannot go by name may still go by value
             carrier.withdraw(mark)
-    return Packed(b"".join(_dump_by_value(obj, known, share, keep)), buffers, by_name=False)
+    data = b"".join(_dump_by_value(obj, known, share, keep, number))
+    return Packed(data, buffers, by_name=False)
 
 
 def pieces(obj: object, known: Container[str] | None = None) -> list[Buffer]:
@@ -168,6 +182,7 @@ class _Sink:
 
 
 Keep = Callable[[pickle.PickleBuffer], Any] | None
+Number = Callable[[Any], int | None]
 
 
 def _dump_by_name(obj: object, keep: Keep) -> list[Buffer]:
@@ -178,13 +193,35 @@ def _dump_by_name(obj: object, keep: Keep) -> list[Buffer]:
     return sink.pieces
 
 
+class _Numbering(pickle.Pickler):
+    number: Number
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return self.number(obj)
+
+
+def _dump_numbered(obj: object, number: Number, keep: Keep) -> bytes:
+    file = io.BytesIO()
+    pickler = _Numbering(file, PROTOCOL, buffer_callback=keep)
+    pickler.number = number
+    pickler.dump(obj)
+    return file.getvalue()
+
+
 def _dump_by_value(
-    obj: object, known: Container[str] | None, share: bool, keep: Keep
+    obj: object,
+    known: Container[str] | None,
+    share: bool,
+    keep: Keep,
+    number: Number | None = None,
 ) -> list[Buffer]:
     sink = _Sink()
     mark = carrier.made
     try:
-        _pickler_class()(sink, known, share, keep).dump(obj)
+        kind = _pickler_class() if number is None else _numbering_class()
+        pickler = kind(sink, known, share, keep)
+        pickler.number = number
+        pickler.dump(obj)
     except BaseException as error:
         carrier.withdraw(mark)
         if isinstance(error, _REFUSALS):
@@ -332,6 +369,18 @@ def _pickler_class() -> Any:
 
     _class = ByValuePickler
     return _class
+
+
+@functools.cache
+def _numbering_class() -> Any:
+    """Return the same class that leaves out what has a number."""
+
+    class Numbering(_pickler_class()):  # type: ignore[misc]
+        def persistent_id(self, obj: Any) -> int | None:
+            number: Number = self.number
+            return number(obj)
+
+    return Numbering
 
 
 def _is_array_type(obj: type) -> bool:
