@@ -76,7 +76,8 @@ def main() -> None:
     )
     with open(os.path.join(folder, folders.SECRET_FILE), "rb") as file:
         secret = file.read()
-    lines, processes = [], []
+    lines: list[Connection] = []
+    processes = []
     context = get_context("fork")
     for _ in range(HOLDERS):
         ours, theirs = context.Pipe()
@@ -163,7 +164,8 @@ class Worker:
         self.waiting: deque[Batch] = deque()
 
     def report(self, batch: int, done: int, returned: int, seconds: float) -> None:
-        body = (batch, returned, seconds, [None] * done, None, None, {})
+        errors: dict[int, object] = {}
+        body = (batch, returned, seconds, [None] * done, None, None, errors)
         self.channel.send(protocol.RESULTS, pickle.dumps(body, 5))
 
 

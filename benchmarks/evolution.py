@@ -59,7 +59,7 @@ def evaluate(item: tuple[list[float], int]) -> float:
 def fitness_of(parameters: list[float], seed: int) -> float:
     """What the simulation comes to."""
     perturbed = zip(parameters, noise(seed), GOAL, strict=True)
-    return -sum((p + SIGMA * e - g) ** 2 for p, e, g in perturbed)
+    return -float(sum((p + SIGMA * e - g) ** 2 for p, e, g in perturbed))
 
 
 class Strategy:

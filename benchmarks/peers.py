@@ -93,6 +93,11 @@ class Fiber(_Pool):
     def context(cls) -> Any:
         return import_module("fiber")
 
+    @property
+    def ready(self) -> int:
+        """Workers that are up, which the other peers do not tell."""
+        return int(self.pool.stats().ready)
+
     def share(self, value: Any) -> Any:
         return self.context().put(value)
 

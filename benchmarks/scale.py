@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from benchmarks import tasks
 from benchmarks.measure import FEW, QUICK, clock, gather, memory_of, processor_time, rate, warm_up
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.peers import Peer
 
 THOUSAND = 1024
+LOOK_AGAIN = 0.02  # seconds
 LOOKED_AT = 64  # workers whose memory is read
 MOST_TASKS = 4_000_000  # what is paid once for each of a thousand workers is to be little of it
 
@@ -26,6 +29,10 @@ def thousand(case: str, adapter: Adapter, seconds: float) -> Figures:
         few, few_cpu = _cost(peer, seconds)
     start = clock()
     with adapter(workers) as peer:
+        if hasattr(peer, "ready"):
+            while peer.ready < workers:
+                time.sleep(LOOK_AGAIN)
+            yield "up", clock() - start
         pids = gather(peer, workers)
         yield "ready", clock() - start
         looked_at = pids[:: max(1, workers // LOOKED_AT)]

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def simulation(case: str, adapter: Adapter, seconds: float) -> Figures:
             crowd = descendants(os.getpid())
             for name, length in LENGTHS.items():
                 length = length if seconds > QUICK else length / 10
-                took, cpu, _ = _timed(lambda n, s=length: _sleeps(pool, n, s), workers * rounds)
+                took, cpu, _ = _timed(partial(_sleeps, pool, length), workers * rounds)
                 speed = workers * rounds / took
                 yield f"{case}-{name}", speed
                 yield f"{case}-{name}-share", speed * length / workers
@@ -60,7 +61,7 @@ def simulation(case: str, adapter: Adapter, seconds: float) -> Figures:
             def run(count: int) -> int:
                 nonlocal figures
                 crowd_before = _processor_time(crowd)
-                took, cpu, done = _timed(lambda n: _empty(pool, n), count)
+                took, cpu, done = _timed(partial(_empty, pool), count)
                 figures = cpu, (_processor_time(crowd) - crowd_before) / took, took / count
                 return done
 
@@ -80,7 +81,7 @@ def _announce(folder: Path) -> None:
     sys.path.append(str(folder))
 
 
-def _sleeps(pool: Any, count: int, length: float) -> int:
+def _sleeps(pool: Any, length: float, count: int) -> int:
     return len(pool.map(tasks.sleep, [length] * count, chunksize=1))
 
 

@@ -68,8 +68,9 @@ def sample(pid: int, began: float, step: str) -> Sample | None:
         tree, mapped, count = tree + sizes["Pss"], mapped + sizes["Pss_Shmem"], count + 1
     private = own["Private_Clean"] + own["Private_Dirty"]
     seconds = time.monotonic() - began
-    sizes = (own["Rss"], private, tree, mapped, shared_files(pid))
-    return Sample(seconds, step, *sizes, count, threads, descriptors)
+    files = shared_files(pid)
+    memory = (own["Rss"], private, tree, mapped, files)
+    return Sample(seconds, step, *memory, count, threads, descriptors)
 
 
 def _sizes(pid: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from benchmarks.rows.base import Case, Metric, Panel, Row, single
 
 _FORKING = ("fiber", "multiprocessing", "concurrent.futures")
 _LIGHT = (*_FORKING, "loky")
+_EVOLVING = ("fiber", "multiprocessing", "loky")
 
 _LENGTHS = {"1s": 1.0, "100ms": 0.1, "10ms": 0.01, "1ms": 0.001}
 _TITLES = {"1s": "1 s", "100ms": "100 ms", "10ms": "10 ms", "1ms": "1 ms"}
@@ -53,6 +54,7 @@ def _evolving(workers: int) -> Case:
             Metric(f"{workers}-cpu", f"{workers} workers, CPU of the master", "s"),
         ),
         quick=workers in (2, 8),
+        peers=_EVOLVING if workers <= 64 else _EVOLVING[:-1],
     )
 
 
@@ -90,7 +92,8 @@ SCALE = (
     Row(
         "thousand",
         "A thousand workers",
-        "1,024 workers on this machine: seconds until as many tasks run at the same time, memory "
+        "1,024 workers on this machine: seconds until all are up, for the peer that tells, "
+        "and until as many tasks run at the same time, memory "
         "of a worker, cost of an empty task of a `map` with chunksize=1 (with 2 workers, with "
         "1,024, and their ratio; and the master's processor time in it), and seconds to close: "
         "less is better.",
@@ -98,6 +101,7 @@ SCALE = (
             Case(
                 "thousand",
                 (
+                    Metric("up", "all up", "s"),
                     Metric("ready", "all at work", "s"),
                     Metric("uss", "a worker, private", "MB"),
                     Metric("pss", "a worker, PSS", "MB", ratio=False),
@@ -140,7 +144,7 @@ SCALE = (
         "extrapolated from the first ones (three at least). Less is better. *CPU of the master* is "
         "its processor time in the 50 generations, its own part of the strategy included.",
         tuple(_evolving(workers) for workers in EVOLVERS),
-        peers=_LIGHT,
+        peers=_EVOLVING,
         tall=True,
         seconds=6.0,
         panels=(
