@@ -41,6 +41,7 @@ def test_the_defaults() -> None:
         "retries": 2,
         "imap_buffer": 4,
         "imap_buffer_mb": 64,
+        "shared_memory_mb": None,
         "workers_per_job": 1,
         "start_timeout": 60.0,
         "queue_timeout": None,

@@ -107,11 +107,16 @@ class _Kept:
     Args:
         obj: the object.
         copy: of this place, that its buffers lie in.
+
+    Attributes:
+        gone: whether the constant is, so that nobody will tell of its end.
+        unwatch: tells its home that the end needs not be told.
     """
 
     def __init__(self, obj: Any, copy: Copy | None) -> None:
         self.obj = obj
         self.copy = copy
+        self.gone = False
         self.unwatch: Callable[[], None] = _nothing
 
 
@@ -174,8 +179,10 @@ class ConstantRef(Ref):
                 kept = _kept.pop(key, None)
                 if kept is None:
                     kept = self._fetch()
-                _kept[key] = kept
                 self._mine = kept
+                _kept[key] = kept
+                if kept.gone:
+                    _forget(key, kept)
                 while len(_kept) > _AT_HAND:
                     self._drop_oldest()
             return self._mine.obj
@@ -185,10 +192,12 @@ class ConstantRef(Ref):
         data, *buffers = parts(whole)
         kept = _Kept(loads(data, buffers), copy)
         key = self.address, self.id
-        with contextlib.suppress(PeerDied):
+        try:
             kept.unwatch = self.begin(
                 "watch", accept=lambda *_: _forget(key, kept), failed=lambda: _forget(key, kept)
             )
+        except PeerDied:
+            kept.gone = True
         return kept
 
     def open(self) -> tuple[memoryview, Copy | None]:
@@ -222,12 +231,15 @@ class ConstantRef(Ref):
         with contextlib.suppress(StopIteration, KeyError):
             kept = _kept.pop(next(iter(_kept)))
             kept.unwatch()
+            kept.unwatch = _nothing
 
 
 def _forget(key: _Key, kept: _Kept) -> None:
-    """The constant is gone: keep it no longer, unless a handle here does. Within the loop."""
+    """The constant is gone: keep it no longer, unless a handle here does."""
+    kept.gone = True
+    kept.unwatch = _nothing  # which refers to `kept`
     if _kept.get(key) is kept:
-        del _kept[key]
+        _kept.pop(key, None)
 
 
 def _forget_after_fork() -> None:

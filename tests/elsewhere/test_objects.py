@@ -26,6 +26,10 @@ def test_managers(site: Site) -> None:
     assert site.run(PROGRAMS / "managers.py").lines == ["done"]
 
 
+def test_what_is_put_or_shared_by_tasks_comes_once(site: Site) -> None:
+    assert site.run(PROGRAMS / "constants.py").lines == ["done"]
+
+
 MEMORY = """
 import fiber
 from fiber import shared_memory

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
-from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Packed, dumps, is_plain
+from fiber.wire.arena import LEAST
+from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Apart, Number, Packed, dumps, is_plain
 
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
 
-__all__ = ["LEAST", "LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
-
-LEAST = 1 << 16
-"""Bytes of a pickle: what is smaller is sent with each task that has it."""
+__all__ = ["LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
 
 LOOKED_AT = 256
 """Items of a call, at the most, that are searched for what they have in common."""
+
+_FEW = 64  # items with large arguments that make a batch, about
 
 
 class Options(NamedTuple):
@@ -111,12 +111,10 @@ class Call:
         """
         number = self.constants.number if self.constants is not None else None
         if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(items, known, number=number)
+            packed = dumps(_set_apart(items, self.how, number), known, number=number)
             return packed.data, list(packed.buffers), 1
-        groups = [
-            dumps(items[at : at + self.chunk], known, number=number)
-            for at in range(0, len(items), self.chunk)
-        ]
+        chunks = (items[at : at + self.chunk] for at in range(0, len(items), self.chunk))
+        groups = [dumps(_set_apart(c, self.how, number), known, number=number) for c in chunks]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
 
@@ -129,6 +127,30 @@ class Call:
                 end = self._settled.pop(end)
             del self.items[: end - self._first]
             self._first = end
+
+
+def _set_apart(items: list[Any], how: int, number: Number | None) -> list[Any]:
+    """Have large bytes among items, or their arguments, travel apart from the pickle of all.
+
+    What has a number does not travel with them.
+    """
+    kinds = set(map(type, items))
+    if bytes not in kinds and (len(items) > _FEW or tuple not in kinds):
+        return items
+    seen: dict[int, Apart] = {}  # what is one object arrives as one
+
+    def apart(value: Any) -> Any:
+        if number is not None and number(value) is not None:
+            return value
+        if type(value) is tuple and any(type(v) is bytes and len(v) >= LEAST for v in value):
+            return tuple(map(apart, value))
+        if type(value) is bytes and len(value) >= LEAST:
+            return seen.setdefault(id(value), Apart(value))
+        return value
+
+    if how == APPLY:
+        return [(apart(args), kwargs) for args, kwargs in items]
+    return list(map(apart, items))
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from fiber.constants import share
-from fiber.pool.calls import LEAST, LOOKED_AT, weight_of
+from fiber.pool.calls import LOOKED_AT, weight_of
 from fiber.pool.loader import Source, load_function
 from fiber.pool.protocol import STARMAP
+from fiber.runtime import session
 from fiber.runtime.snapshots import Snapshot
+from fiber.wire.arena import LEAST
 from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Packed, dumps
 
 __all__ = ["Constants", "constants_of", "share_function"]
@@ -83,7 +85,8 @@ def constants_of(
     constants = None
     for obj in _common(sample, _DEPTH + (how == STARMAP)):
         try:
-            packed = dumps(obj, known)
+            with session.lending([]):  # the items keep what has handles among them
+                packed = dumps(obj, known)
         except Exception:
             continue  # the items that have it will tell
         if weight_of(packed) >= LEAST:

@@ -28,7 +28,7 @@ from fiber.errors import (
     WorkerDied,
 )
 from fiber.pool import protocol
-from fiber.pool.calls import LEAST, Call, Options, Sink, name_of, need_a_look, weight_of
+from fiber.pool.calls import Call, Options, Sink, name_of, need_a_look, weight_of
 from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.results import IMapUnorderedIterator
@@ -168,7 +168,7 @@ class Master:
 
     def share(self, packed: Packed) -> tuple[Packed, Any]:
         """Return a function as it shall travel, and what keeps it; not within the loop."""
-        if weight_of(packed) < LEAST:
+        if weight_of(packed) < arena.LEAST:
             return packed, None
         from fiber.pool.constants import share_function
 

@@ -54,7 +54,7 @@ from fiber.wire import exceptions
 from fiber.wire.arena import LEAST, TICK, Arena, Loan
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Buffer, Frame
-from fiber.wire.pickling import PLAIN, PROTOCOL, Packed, dumps, is_plain, loads, reason
+from fiber.wire.pickling import PLAIN, PROTOCOL, Apart, Packed, dumps, loads, reason
 
 if TYPE_CHECKING:
     from fiber.pool.loader import Loader
@@ -106,6 +106,8 @@ class _Pickled(NamedTuple):
 
 def _pickle(value: object, last: bool, lend: Callable[[Buffer], Loan | None]) -> _Pickled:
     """Pickle a result; its buffers stay where they are only if it is the `last` of its batch."""
+    if type(value) is bytearray and len(value) >= LEAST:
+        value = Apart(value)
     try:
         if last:
             return _Pickled(*dumps(value)[:2])
@@ -377,7 +379,11 @@ class Worker:
             errors = {place - first: job.errors[place] for place in places}
         job.sent = done
         buffers: list[Buffer | Loan] = []
-        if is_plain(values):
+        kinds = set(map(type, values))  # pickled already, or plain
+        if bytes in kinds:
+            values = [Apart(v) if type(v) is bytes and len(v) >= LEAST else v for v in values]
+            kinds = set(map(type, values))
+        if kinds <= PLAIN:
             body: tuple[Any, ...] = (job.id, returned, seconds, values, None, None, errors)
         else:
             pickled = [v if type(v) is _Pickled else _Pickled(*dumps(v)[:2]) for v in values]

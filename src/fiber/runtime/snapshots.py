@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from fiber.config import config
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import Packed
 
@@ -80,7 +81,9 @@ class Snapshot:
         self._memory: memoryview | None = None
         if self.size >= LEAST:
             with contextlib.suppress(OSError):
+                _check_limit(self.size)
                 self.path = _write(folder(), pieces, starts, self.size)
+                _files[self.path] = self.size
                 return
         memory = memoryview(bytearray(self.size))
         for at, piece in zip(starts, pieces, strict=True):
@@ -98,8 +101,18 @@ class Snapshot:
         """Remove the file; who has it mapped keeps that."""
         self._memory = None
         if self.path:
+            _files.pop(self.path, None)
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
+
+
+_files: dict[str, int] = {}  # of this process, and their sizes
+
+
+def _check_limit(size: int) -> None:
+    limit = config.shared_memory_mb
+    if limit is not None and sum(_files.values()) + size > limit << 20:
+        raise OSError(errno.ENOSPC, "so much memory may not be shared")
 
 
 def _write(folder: str, pieces: Sequence[Buffer], starts: Sequence[int], size: int) -> str:
@@ -167,10 +180,11 @@ class Copy:
     def __init__(
         self, folder: str, key: str, size: int, read: Callable[[int, int], Buffer]
     ) -> None:
+        self._fd = -1
+        _check_limit(size)
         sweep_now_and_then(folder)
         self.path = os.path.join(folder, f"{key}.copy")
         self._pid = os.getpid()
-        self._fd = -1
         self._fd = self._lock(size, read)
         try:
             self.memory = map_fd(self._fd, size)
@@ -294,6 +308,13 @@ def _sweep(path: str, owner: str | None) -> None:
             os.unlink(path)
     finally:
         os.close(fd)
+
+
+def _forget_after_fork() -> None:
+    _files.clear()  # they are the parent's
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _lives(pid: int) -> bool:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, Protocol
 from fiber.errors import SerializationError
 from fiber.wire.framing import Buffer
 
-__all__ = ["Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
+__all__ = ["Apart", "Number", "Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
 
 PROTOCOL = 5
 
@@ -61,6 +61,18 @@ class Packed(NamedTuple):
     buffers: Sequence[Buffer]
     by_name: bool = True
     """Whether functions and classes went by their names."""
+
+
+class Apart:
+    """Stands for bytes, or a bytearray, that shall travel out of band; it arrives as these."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes | bytearray) -> None:
+        self.value = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self.value), (pickle.PickleBuffer(self.value),)
 
 
 def is_plain(values: Sequence[object]) -> bool:
@@ -183,6 +195,7 @@ class _Sink:
 
 Keep = Callable[[pickle.PickleBuffer], Any] | None
 Number = Callable[[Any], int | None]
+"""Returns the number by which a receiver knows an object, None if it does not."""
 
 
 def _dump_by_name(obj: object, keep: Keep) -> list[Buffer]:
