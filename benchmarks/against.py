@@ -27,9 +27,8 @@ from typing import Any
 
 from benchmarks import about, harness, report
 from benchmarks.peers import BEFORE
+from benchmarks.report import NOTABLE
 from benchmarks.rows import ROWS, Metric, Row
-
-NOTABLE = 0.10  # slower by more than this, and more than the rounds differ among themselves
 
 
 @contextlib.contextmanager
@@ -69,12 +68,11 @@ def lines(row: Row, result: harness.Result) -> list[list[str]]:
 
 def compare(metric: Metric, before: list[float | None], now: list[float | None]) -> tuple[str, str]:
     """The ratio of the two, the median over the rounds; and a word if it is notable."""
-    ratios = [b / a for a, b in zip(before, now, strict=False) if a and b is not None]
-    if not ratios:
+    costs = report.costs(metric, before, now)
+    if not costs:
         return "-", ""
-    costs = [1 / ratio if metric.more_is_better else ratio for ratio in ratios if ratio]
     middle = statistics.median(costs)
-    text = report.significant(statistics.median(ratios))
+    text = report.significant(1 / middle if metric.more_is_better else middle)
     # All rounds agree, or it may be chance.
     if middle > 1 + NOTABLE and min(costs) > 1:
         return text, "**slower**" if metric.ratio else "**more**"

@@ -21,6 +21,8 @@ from benchmarks.rows import BASELINE, COUNTED, FLOOR, ROWS, Metric, Row
 BEGIN = "<!-- written by hand from here: a rerun keeps it -->"
 END = "<!-- to here -->"
 
+NOTABLE = 0.10  # what the noise of a quiet machine does not make
+
 READING = """\
 * Ratios are the figures to trust. They compare neighbours in time; the figures themselves move with
   whatever else the machine does. Where the range in brackets is wide, so is the doubt.
@@ -130,6 +132,7 @@ median over the rounds."""
     parts = [
         head,
         f"## Reading the figures\n\n{BEGIN}\n\n{reading}\n{END}",
+        "## Where a peer is better\n\n" + _better(stored),
     ]
     for row, data in stored:
         parts += [f"## {row.title} (`{row.name}`)", row.text, _figures(row, data)]
@@ -140,6 +143,32 @@ median over the rounds."""
             parts += ["\n".join(f"* {_label(row, p)}: {'; '.join(texts)}" for p, texts in failed)]
         parts += [_origin(data["run"], latest)]
     return "\n\n".join(parts) + "\n"
+
+
+def _better(stored: list[tuple[Row, dict[str, Any]]]) -> str:
+    """The figures in which a peer is better than Fiber by more than `NOTABLE`."""
+    lines = []
+    for row, data in stored:
+        ours = data["values"].get("fiber", {})
+        others = [peer for peer in data["values"] if peer not in ("fiber", FLOOR)]
+        for metric in row.metrics:
+            found = []
+            for peer in others if metric.ratio else ():
+                theirs = data["values"][peer].get(metric.key, [])
+                times = costs(metric, theirs, ours.get(metric.key, []))
+                if times and statistics.median(times) > 1 + NOTABLE:
+                    factor = significant(statistics.median(times))
+                    found.append(f"{_label(row, peer)} {factor} times")
+            if found:
+                lines.append(f"* `{row.name}`, {metric.title}: {', '.join(found)}")
+    head = f"By more than {NOTABLE:.0%}, as the median over the rounds says:"
+    return "\n".join([head, "", *lines]) if lines else f"Nowhere by more than {NOTABLE:.0%}."
+
+
+def costs(metric: Metric, base: list[float | None], values: list[float | None]) -> list[float]:
+    """How many times worse `values` are than `base`, for each round that has both."""
+    pairs = [(a, b) for a, b in zip(base, values, strict=False) if a and b]
+    return [a / b if metric.more_is_better else b / a for a, b in pairs]
 
 
 def _origin(run: dict[str, Any], latest: dict[str, Any]) -> str:
