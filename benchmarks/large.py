@@ -62,7 +62,7 @@ def results(case: str, adapter: Adapter, seconds: float) -> Figures:
 def _calls(adapter: Adapter, seconds: float, call: Callable[[Peer, int, int], float]) -> Figures:
     """The figures of the first call, and of the median of those after it."""
     assert adapter is not None
-    count = max(4, round(ARRAYS * min(1.0, seconds)))
+    count = max(2, round(ARRAYS * min(1.0, seconds)))
     gigabytes = count * tasks.LARGE * 8 / 1e9
     with adapter(WORKERS) as peer:
         warm_up(peer, WORKERS)
