@@ -21,6 +21,7 @@ COLOURS = {
     "dask": "tab:brown",
     FLOOR: "gray",
 }
+WIDE = 5.0  # times that the largest is the smallest, from which the axis is logarithmic
 SIZE, DPI = (4.2, 3.2), 80  # inches of a panel, and dots for each
 
 
@@ -38,15 +39,20 @@ def draw(row: Row, data: dict[str, Any], folder: Path) -> Path | None:
         1, len(panels), figsize=(SIZE[0] * len(panels), SIZE[1]), squeeze=False
     )
     for axis, panel in zip(axes[0], panels, strict=True):
+        shown: list[float] = []
         for peer, columns in data["values"].items():
             points = _points(panel, columns)
             if points:
                 label = row.floor if peer == FLOOR else peer
                 style = "--" if peer == FLOOR else "o-"
                 xs, ys = zip(*points, strict=True)
+                shown.extend(ys)
                 axis.plot(xs, ys, style, label=label, color=COLOURS.get(peer), markersize=4)
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        if WIDE * min(shown, default=1.0) < max(shown, default=1.0):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_xlabel(panel.x)
         axis.set_ylabel(panel.y)
         axis.grid(True, which="both", alpha=0.2)

@@ -193,7 +193,7 @@ def _figures(row: Row, data: dict[str, Any]) -> str:
     values = data["values"]
     shown = [m for m in row.metrics if any(m.key in columns for columns in values.values())]
     if row.tall:
-        return table(_tall(row, shown, values))
+        return table(_tall(row, shown, values) if len(values) > 1 else _by_case(row, values))
     header = ["peer"]
     for metric in shown:
         header += [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
@@ -226,6 +226,19 @@ def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[st
                 base = values[BASELINE].get(metric.key, [])
                 line += [_ratio(figures, base) if metric.ratio else ""]
         lines.append(line)
+    return lines
+
+
+def _by_case(row: Row, values: dict[str, Any]) -> list[list[str]]:
+    """The table of one peer alone: a line for each case."""
+    ((peer, columns),) = values.items()
+    metrics = row.cases[0].metrics
+    header = [_label(row, peer), *(f"{m.title}, {m.unit}" if m.unit else m.title for m in metrics)]
+    lines = [header, ["---"] + ["---:"] * len(metrics)]
+    for case in row.cases:
+        if any(metric.key in columns for metric in case.metrics):
+            shown = [figure(columns.get(metric.key, []), metric) for metric in case.metrics]
+            lines.append([case.title or case.name, *shown])
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BASELINE = "multiprocessing"
 FLOOR = "floor"
@@ -32,11 +32,12 @@ class Case:
     metrics: tuple[Metric, ...]
     quick: bool = True
     peers: tuple[str, ...] = ()  # as those of a row, for this case
+    title: str = ""  # what its metrics have in common
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing of a row's plot: a line for each peer, both axes logarithmic."""
+    """One drawing of a row's plot: a line for each peer."""
 
     x: str
     y: str
@@ -62,7 +63,12 @@ class Row:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        return tuple(metric for case in self.cases for metric in case.metrics)
+        """The columns; their headings say which case they are of."""
+        return tuple(
+            replace(metric, title=f"{case.title}, {metric.title}") if case.title else metric
+            for case in self.cases
+            for metric in case.metrics
+        )
 
 
 def single(

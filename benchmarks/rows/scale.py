@@ -49,10 +49,11 @@ def _evolving(workers: int) -> Case:
     return Case(
         str(workers),
         (
-            Metric(str(workers), f"{workers} workers", "s"),
-            Metric(f"{workers}-ideal", f"{workers} workers, over the ideal", "", ratio=False),
-            Metric(f"{workers}-cpu", f"{workers} workers, CPU of the master", "s"),
+            Metric(str(workers), "50 generations", "s"),
+            Metric(f"{workers}-ideal", "over the ideal", "", ratio=False),
+            Metric(f"{workers}-cpu", "CPU of the master", "s"),
         ),
+        title=f"{workers} workers",
         quick=workers in (2, 8),
         peers=_EVOLVING if workers <= 64 else _EVOLVING[:-1],
     )
@@ -64,7 +65,7 @@ def _simulated(workers: int) -> Case:
         tuple(
             Metric(
                 f"{workers}-{key}",
-                f"{workers:,} workers, {title}",
+                title,
                 unit,
                 ratio=False,
                 more=key.endswith("share"),
@@ -74,17 +75,18 @@ def _simulated(workers: int) -> Case:
                 ("memory", "memory of the master for each", "kB"),
                 ("1s", "tasks of 1 s", "tasks/s"),
                 ("1s-share", "of the ideal", ""),
-                ("1s-cpu", "master's CPU a task", "µs"),
+                ("1s-cpu", "CPU a task", "µs"),
                 ("100ms", "tasks of 100 ms", "tasks/s"),
                 ("100ms-share", "of the ideal", ""),
-                ("100ms-cpu", "master's CPU a task", "µs"),
+                ("100ms-cpu", "CPU a task", "µs"),
                 ("empty", "empty tasks", "tasks/s"),
-                ("empty-cpu", "master's CPU a task", "µs"),
-                ("master", "master's CPU in the last, of one core", ""),
-                ("crowd", "the crowd's, the same", ""),
+                ("empty-cpu", "CPU a task", "µs"),
+                ("master", "master busy in these, of one core", ""),
+                ("crowd", "crowd busy in these", ""),
             )
         ),
         quick=workers == SIMULATED[0],
+        title=f"{workers:,} workers",
     )
 
 
@@ -159,7 +161,8 @@ SCALE = (
         "handshakes. Its workers are simulated: a crowd of processes holds their connections, "
         "speaks the pool's protocol and only waits as long as the tasks would take. `map` with "
         "chunksize=1; the ideal is workers over the length of a task. Where the master's CPU is "
-        "near one core, it is the limit; the rest of the machine is the crowd's.",
+        "near one core, it is the limit; the rest of the machine is the crowd's. *CPU a task* "
+        "is the master's.",
         tuple(_simulated(workers) for workers in SIMULATED),
         peers=("fiber",),
         tall=True,
