@@ -179,7 +179,9 @@ def cpu(case: str, adapter: Adapter, seconds: float) -> Figures:
         yield "cpu", spent * 1e6
 
 
-def gather(peer: Peer, workers: int) -> list[int]:
+def gather(
+    peer: Peer, workers: int, meet: Callable[[tuple[str, str]], int] = tasks.meet
+) -> list[int]:
     """Have as many tasks as there are workers run at the same time; return their process ids.
 
         tasks ── a byte when it runs ─► fifo ─► usher
@@ -205,7 +207,7 @@ def gather(peer: Peer, workers: int) -> list[int]:
 
     threading.Thread(target=usher, daemon=True).start()
     try:
-        return peer.map(tasks.meet, [paths] * workers, chunksize=1)
+        return peer.map(meet, [paths] * workers, chunksize=1)
     finally:
         os.close(here)
         os.close(leave)
