@@ -210,10 +210,10 @@ class ConstantRef(Ref):
         path, size = call.result
         if call.buffers:
             return memoryview(call.buffers[0]).toreadonly(), None
-        if path:
+        if path and self.way.near:
             with contextlib.suppress(OSError):
                 return map_file(path, size), None
-        elif not self.way.near:
+        if os.path.dirname(self.address.removeprefix("unix:")) not in session.known_folders():
             with contextlib.suppress(OSError):
                 copy = Copy(self.session.memory_folder(), f"{self.id:016x}", size, self._read)
                 return copy.memory, copy

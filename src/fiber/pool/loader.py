@@ -87,7 +87,7 @@ class _Constant:
 
     def close(self) -> None:
         """Let go of it."""
-        self._keep = self._whole = self._value = None
+        self._keep = self._whole = self._value = self._views = None
 
     def _open(self) -> None:
         source = self._source
@@ -106,11 +106,11 @@ class _Constant:
             return memoryview(bytearray(whole))
         if self._views is None:
             self._views = Views()
-        if any(ended.token is self for ended in self._views.collect()):
+        if any(ended.token for ended in self._views.collect()):
             self._viewed = False
         if self._viewed:  # a task has kept it: the next one needs another mapping
-            return self._views.view(self._path, 0, len(whole), None, alone=True)
-        view = self._views.view(self._path, 0, len(whole), self)
+            return self._views.view(self._path, 0, len(whole), False, alone=True)
+        view = self._views.view(self._path, 0, len(whole), True)
         self._viewed = True
         return view
 
@@ -127,7 +127,8 @@ class Loader:
 
     def forget(self, call: int) -> None:
         """The call is over."""
-        self._calls.pop(call, None)
+        for constant in self._calls.pop(call, ()):
+            constant.close()
 
     def loads_for(self, call: int) -> Callable[[Buffer, Sequence[Buffer]], Any]:
         """Return what unpickles the items of a call."""

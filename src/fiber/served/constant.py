@@ -37,12 +37,11 @@ class ServedConstant(Served):
     def do_open(self, request: Request) -> None:
         """Answer with the file's path, "" if there is none, and its size; a small one comes along.
 
-        The path is for processes of this place.
+        The path is for who sees the files of this place.
         """
         snapshot = self._snapshot
         small = not snapshot.path and snapshot.size < LEAST
-        path = snapshot.path if request.client.near else ""
-        request.answer((path, snapshot.size), [snapshot.memory] if small else ())
+        request.answer((snapshot.path, snapshot.size), [snapshot.memory] if small else ())
 
     def do_read(self, request: Request, start: int, stop: int) -> None:
         """Answer with its bytes from `start` to `stop`, as a buffer."""
