@@ -6,21 +6,12 @@ Run it from the root of the repository, on a machine with nothing else to do.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
 import sys
-from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from benchmarks import harness, report
+from benchmarks import about, harness, plots, report
 from benchmarks.peers import PEERS
 from benchmarks.rows import ROWS
-
-# Where a peer's module, and its version, is found; those of the standard library need no entry.
-DISTRIBUTIONS = {"fiber": "fiber", "loky": "loky", "ray": "ray", "dask": "distributed"}
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +45,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}, MODULE:CLASS")
 
     sys.path.insert(0, str(harness.ROOT / "src"))  # as the children see it
-    peers = [peer for peer in dict.fromkeys(options.peers) if _installed(peer)]
+    peers = [peer for peer in dict.fromkeys(options.peers) if about.installed(peer)]
     rounds = options.rounds or (1 if options.quick else 5)
     settings = harness.Settings(max(1, rounds), options.quick, options.deadline)
     output: Path | None = options.output
@@ -63,50 +54,18 @@ def main(argv: list[str]) -> int:
 
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    run = _describe(peers, settings, argv)
+    run = about.describe(peers, settings, argv)
     stored = report.load(report.store_path(output)) if output else {}
     if not options.quick:
         harness.warm_up(peers, settings)
     for name in options.rows or ROWS:
-        stored[name] = report.entry(harness.run(ROWS[name], peers, settings, _say), run)
+        stored[name] = report.entry(harness.run(ROWS[name], peers, settings, about.say), run)
         if output:  # after each row: what an interrupted run has measured is not lost
             report.save(report.store_path(output), stored)
+            plots.draw(ROWS[name], stored[name], output.with_name("plots"))
             report.write(output, stored)
     print(f"wrote {output}" if output else report.render(stored))
     return 0
-
-
-def _installed(peer: str) -> bool:
-    name = DISTRIBUTIONS.get(peer)
-    if name is None or find_spec(name) is not None:
-        return True
-    _say(f"skipped {peer}: not installed (pip install {name})")
-    return False
-
-
-def _describe(peers: list[str], settings: harness.Settings, argv: list[str]) -> dict[str, Any]:
-    """The run, as it is stored with each of its rows."""
-    load = f"{os.getloadavg()[0]:.2f}"
-    # The place of the output says nothing about the figures.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output")
-    _, said = parser.parse_known_args(argv)
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "-m", "benchmarks", *said]),
-        "machine": report.machine(),
-        "load": load,
-        "python": platform.python_version(),
-        "versions": {
-            peer: report.version(DISTRIBUTIONS[peer]) for peer in peers if peer in DISTRIBUTIONS
-        },
-        "rounds": settings.rounds,
-        "quick": settings.quick,
-    }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

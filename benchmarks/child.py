@@ -11,11 +11,10 @@ import sys
 
 
 def main(row: str, case: str, peer: str, seconds: str, path: str) -> None:
-    from benchmarks import measure, objects, peers
+    from benchmarks import measure, peers
 
     adapter = None if peer == "floor" else peers.load(peer)
-    measures = measure.MEASURES | objects.MEASURES
-    for metric, value in measures[row](case, adapter, float(seconds)):
+    for metric, value in measure.find(row)(case, adapter, float(seconds)):
         import json  # late: a peer that needs it pays for it itself
 
         with open(path, "a") as file:

@@ -18,6 +18,7 @@ from benchmarks import tasks
 TYPE_CHECKING = False  # see peers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from benchmarks.peers import Peer
 
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     Adapter = type[Peer] | None
 
 WORKERS = 2
-SLEEPERS = 5
 SLEEPS = {"1s": 1.0, "100ms": 0.1, "10ms": 0.01, "1ms": 0.001}
 MOST_TASKS = 2_000_000
+QUICK = 0.1  # seconds to spend, up to which a run only has to show that it works
+FEW = 8  # workers that are many in such a run
 
 clock = time.perf_counter
 
@@ -37,7 +39,7 @@ def empty(case: str, adapter: Adapter, seconds: float) -> Figures:
     assert adapter is not None
     chunksize = 1 if case == "chunksize=1" else None
     with adapter(WORKERS) as peer:
-        _warm_up(peer, WORKERS)
+        warm_up(peer, WORKERS)
         yield case, rate(lambda n: len(peer.map(tasks.nothing, range(n), chunksize)), seconds)
 
 
@@ -45,7 +47,7 @@ def stream(case: str, adapter: Adapter, seconds: float) -> Figures:
     """Tasks/s of `imap_unordered` over empty tasks, called as its documentation shows it."""
     assert adapter is not None
     with adapter(WORKERS) as peer:
-        _warm_up(peer, WORKERS)
+        warm_up(peer, WORKERS)
         yield case, rate(lambda n: _count(peer.imap_unordered(tasks.nothing, range(n))), seconds)
 
 
@@ -53,7 +55,7 @@ def apply(case: str, adapter: Adapter, seconds: float) -> Figures:
     """Round trips of one empty task at a time, µs."""
     assert adapter is not None
     with adapter(WORKERS) as peer:
-        _warm_up(peer, WORKERS)
+        warm_up(peer, WORKERS)
         trips: list[float] = []
         end = clock() + seconds
         while clock() < end or len(trips) < 20:
@@ -65,27 +67,33 @@ def apply(case: str, adapter: Adapter, seconds: float) -> Figures:
         yield "p99", trips[len(trips) * 99 // 100]
 
 
-def sleep(case: str, adapter: Adapter, seconds: float) -> Figures:
-    """The time that sleeping tasks take on five workers, as a multiple of the ideal."""
-    length = SLEEPS[case]
-    share = max(1, round(seconds / length))  # tasks for each worker
-    ideal = share * length
-    if adapter is None:
-        yield case, _sleeps_alone(length, share) / ideal
-        return
-    with adapter(SLEEPERS) as peer:
-        _warm_up(peer, SLEEPERS)
-        start = clock()
-        peer.map(tasks.sleep, [length] * (share * SLEEPERS), chunksize=1)
-        yield case, (clock() - start) / ideal
+def sleepers(workers: int) -> Callable[[str, Adapter, float], Figures]:
+    """The sleep test with so many workers; fewer in a quick run."""
+
+    def sleep(case: str, adapter: Adapter, seconds: float) -> Figures:
+        """The time that sleeping tasks take, as a multiple of the ideal."""
+        count = workers if seconds > QUICK else min(workers, FEW)
+        length = SLEEPS[case]
+        share = max(1, round(seconds / length))  # tasks for each worker
+        ideal = share * length
+        if adapter is None:
+            yield case, _sleeps_alone(length, share, count) / ideal
+            return
+        with adapter(count) as peer:
+            (warm_up if count <= 5 else gather)(peer, count)
+            start = clock()
+            peer.map(tasks.sleep, [length] * (share * count), chunksize=1)
+            yield case, (clock() - start) / ideal
+
+    return sleep
 
 
-def _sleeps_alone(length: float, share: int) -> float:
-    """The floor of `sleep`: five processes that start together and sleep, with nobody to ask."""
+def _sleeps_alone(length: float, share: int, workers: int) -> float:
+    """The floor of `sleep`: processes that start together and sleep, with nobody to ask."""
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
-    together = context.Barrier(SLEEPERS)
+    together = context.Barrier(workers)
     times = context.SimpleQueue()
 
     def sleeper() -> None:
@@ -95,7 +103,7 @@ def _sleeps_alone(length: float, share: int) -> float:
             time.sleep(length)
         times.put((start, clock()))  # this clock is the same in all processes of a machine
 
-    processes = [context.Process(target=sleeper) for _ in range(SLEEPERS)]
+    processes = [context.Process(target=sleeper) for _ in range(workers)]
     for process in processes:
         process.start()
     starts, ends = zip(*(times.get() for _ in processes), strict=True)
@@ -138,46 +146,75 @@ def imports(case: str, adapter: Adapter, seconds: float) -> Figures:
 def memory(case: str, adapter: Adapter, seconds: float) -> Figures:
     """Memory of the master, of one worker, and of all the peer's processes, MB."""
     if adapter is None:
-        yield from (("master-" + key, value) for key, value in _memory(os.getpid()).items())
+        yield from (("master-" + key, value) for key, value in memory_of(os.getpid()).items())
         return
     with adapter(WORKERS) as peer:
-        workers = _warm_up(peer, WORKERS)
+        workers = warm_up(peer, WORKERS)
         peer.map(tasks.nothing, range(round(1000 * seconds)), chunksize=1)
-        yield from (("master-" + key, value) for key, value in _memory(os.getpid()).items())
+        yield from (("master-" + key, value) for key, value in memory_of(os.getpid()).items())
         # The leaner of two: the other one may have been the first and done the once-only work.
-        worker = min((_memory(pid) for pid in workers), key=lambda figures: figures["uss"])
+        worker = min((memory_of(pid) for pid in workers), key=lambda figures: figures["uss"])
         yield from (("worker-" + key, value) for key, value in worker.items())
-        tree = [os.getpid(), *_descendants(os.getpid())]
-        yield "all-pss", sum(_memory(pid)["pss"] for pid in tree)
+        tree = [os.getpid(), *descendants(os.getpid())]
+        yield "all-pss", sum(memory_of(pid)["pss"] for pid in tree)
         yield "processes", len(tree)
 
 
 def cpu(case: str, adapter: Adapter, seconds: float) -> Figures:
     """Processor time, user and system, that the master spends on one empty task, µs."""
-    import resource
-
     assert adapter is not None
     spent = 0.0
 
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return usage.ru_utime + usage.ru_stime
-
     with adapter(WORKERS) as peer:
-        _warm_up(peer, WORKERS)
+        warm_up(peer, WORKERS)
 
         def run(count: int) -> int:
             nonlocal spent
-            start = used()
+            start = processor_time()
             done = _count(peer.imap_unordered(tasks.nothing, range(count), chunksize=1))
-            spent = (used() - start) / count
+            spent = (processor_time() - start) / count
             return done
 
         rate(run, seconds)
         yield "cpu", spent * 1e6
 
 
-def _warm_up(peer: Peer, workers: int) -> set[int]:
+def gather(
+    peer: Peer, workers: int, meet: Callable[[tuple[str, str]], int] = tasks.meet
+) -> list[int]:
+    """Have as many tasks as there are workers run at the same time; return their process ids.
+
+        tasks ── a byte when it runs ─► fifo ─► usher
+              ◄─ a byte when all do ─── fifo ◄──┘
+
+    Nobody looks again and again: with a thousand workers that would be all they do.
+    """
+    import shutil
+    import tempfile
+    import threading
+
+    folder = tempfile.mkdtemp(prefix="fiber-benchmark-")
+    paths = os.path.join(folder, "here"), os.path.join(folder, "leave")
+    for path in paths:
+        os.mkfifo(path)
+    here, leave = (os.open(path, os.O_RDWR) for path in paths)  # both ways: no end of file
+
+    def usher() -> None:
+        missing = workers
+        while missing:
+            missing -= len(os.read(here, missing))
+        os.write(leave, b"." * workers)
+
+    threading.Thread(target=usher, daemon=True).start()
+    try:
+        return peer.map(meet, [paths] * workers, chunksize=1)
+    finally:
+        os.close(here)
+        os.close(leave)
+        shutil.rmtree(folder)
+
+
+def warm_up(peer: Peer, workers: int) -> set[int]:
     """Return the workers' process ids once all of them have worked (or have had ten chances)."""
     pids: set[int] = set()
     for _ in range(10):
@@ -208,7 +245,15 @@ def rate(
         count = min(most, 10 * count, max(2 * count, round(count * seconds / took)))
 
 
-def _memory(pid: int) -> dict[str, float]:
+def processor_time() -> float:
+    """Processor time of this process until now, user and system, s."""
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def memory_of(pid: int) -> dict[str, float]:
     """Resident, proportional and private memory of a process, MB. Linux only."""
     path = f"/proc/{pid}/smaps_rollup"
     sizes: dict[str, int] = {}
@@ -222,7 +267,7 @@ def _memory(pid: int) -> dict[str, float]:
     return {key: kilobytes / 1024 for key, kilobytes in figures.items()}
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """The process ids of the children, their children and so on. Linux only."""
     parents: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -242,9 +287,31 @@ MEASURES: dict[str, Callable[[str, Adapter, float], Figures]] = {
     "empty": empty,
     "stream": stream,
     "apply": apply,
-    "sleep": sleep,
+    "sleep": sleepers(5),
+    "sleep-64": sleepers(64),
+    "sleep-1024": sleepers(1024),
     "first": first,
     "import": imports,
     "memory": memory,
     "cpu": cpu,
 }
+
+# Where the measurements of other rows are; only those modules are loaded that the row needs.
+_ELSEWHERE = {
+    "large": ("large-arguments", "large-results", "constant"),
+    "scale": ("thousand",),
+    "evolution": ("evolution",),
+    "simulation": ("simulation",),
+}
+
+
+def find(row: str) -> Callable[[str, Any, float], Figures]:
+    """The measurement of a row."""
+    if row in MEASURES:
+        return MEASURES[row]
+    from importlib import import_module
+
+    name = next((name for name, rows in _ELSEWHERE.items() if row in rows), "objects")
+    measures: dict[str, Callable[[str, Any, float], Figures]]
+    measures = import_module(f"benchmarks.{name}").MEASURES
+    return measures[row]

@@ -4,6 +4,9 @@ Creating an adapter imports the library and starts a pool of `workers` processes
 block closes the pool and waits until it is gone. `chunksize=None` is the peer's own default. A peer
 without a chunk size (dask) ignores it.
 
+Peers that have a way of their own to give many tasks one large value also have `share` (see
+`Sharing`).
+
 Peers that have multiprocessing's other objects too, its queues and locks, give them by `context`
 (see `Objects`).
 """
@@ -11,6 +14,8 @@ Peers that have multiprocessing's other objects too, its queues and locks, give 
 from __future__ import annotations
 
 from importlib import import_module
+
+from benchmarks import tasks
 
 # `typing` takes milliseconds to load and some peers would find it there for free (see __init__).
 TYPE_CHECKING = False
@@ -33,6 +38,11 @@ if TYPE_CHECKING:
             self, func: Callable[[Any], Any], items: Iterable[Any], chunksize: int | None = None
         ) -> Iterator[Any]: ...
         def apply(self, func: Callable[[Any], Any], argument: Any) -> Any: ...
+
+    class Sharing(Peer, Protocol):
+        """A peer that shares values."""
+
+        def share(self, value: Any) -> Any: ...  # what tasks get it from: see `tasks.use`
 
     class Objects(Protocol):
         """What a measurement may use of a peer's queues, pipes, locks and managers."""
@@ -83,6 +93,14 @@ class Fiber(_Pool):
     def context(cls) -> Any:
         return import_module("fiber")
 
+    @property
+    def ready(self) -> int:
+        """Workers that are up, which the other peers do not tell."""
+        return int(self.pool.stats().ready)
+
+    def share(self, value: Any) -> Any:
+        return self.context().put(value)
+
     @staticmethod
     def served_lock(context: Any) -> Any:
         return context.Lock()
@@ -93,11 +111,24 @@ class Multiprocessing(_Pool):
     start_method = "fork"
 
     def __init__(self, workers: int) -> None:
+        self.workers = workers
         self.pool = self.context().Pool(workers)
+        self.idle = [self.pool]
 
     @classmethod
     def context(cls) -> Any:
         return import_module("multiprocessing").get_context(cls.start_method)
+
+    def share(self, value: Any) -> Any:
+        # An initializer gets it, and that only a new pool can have.
+        self.pool = self.context().Pool(self.workers, tasks.keep, (value,))
+        self.idle.append(self.pool)
+        return tasks.Kept()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for pool in self.idle:
+            self.pool = pool
+            super().__exit__(kind, *rest)
 
     @staticmethod
     def served_lock(context: Any) -> Any:
@@ -116,12 +147,15 @@ class Ray(_Pool):
         self.ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
         self.pool = import_module("ray.util.multiprocessing").Pool(workers)
 
+    def share(self, value: Any) -> Any:
+        return tasks.RayHandle(self.ray.put(value))
+
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         super().__exit__(kind, *rest)
         self.ray.shutdown()
 
 
-class _Executor:
+class Executor:
     """Peers with the API of concurrent.futures; a subclass makes `executor`."""
 
     executor: Any
@@ -149,7 +183,7 @@ class _Executor:
         return self.executor.submit(func, argument).result()
 
 
-class ConcurrentFutures(_Executor):
+class ConcurrentFutures(Executor):
     statement = "from concurrent.futures import ProcessPoolExecutor"
 
     def __init__(self, workers: int) -> None:
@@ -159,11 +193,49 @@ class ConcurrentFutures(_Executor):
         self.executor = futures.ProcessPoolExecutor(workers, mp_context=fork)
 
 
-class Loky(_Executor):
+class Loky(Executor):
     statement = "import loky"
 
     def __init__(self, workers: int) -> None:
         self.executor = import_module("loky").ProcessPoolExecutor(workers)
+
+
+class Joblib:
+    """With its default backend, loky, and arrays larger than 1 MB in files that all map."""
+
+    statement = "import joblib"
+
+    def __init__(self, workers: int) -> None:
+        self.joblib = import_module("joblib")
+        self.workers = workers
+        self.apply(tasks.nothing, None)  # starts the workers, which the next calls find
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        executor = import_module("joblib.externals.loky").get_reusable_executor
+        executor(max_workers=self.workers, reuse=True).shutdown(wait=True)
+
+    def _run(
+        self, func: Callable[[Any], Any], items: Iterable[Any], chunksize: int | None, kind: str
+    ) -> Any:
+        batch = "auto" if chunksize is None else chunksize
+        parallel = self.joblib.Parallel(n_jobs=self.workers, batch_size=batch, return_as=kind)
+        return parallel(self.joblib.delayed(func)(item) for item in items)
+
+    def map(
+        self, func: Callable[[Any], Any], items: Sequence[Any], chunksize: int | None = None
+    ) -> list[Any]:
+        return list(self._run(func, items, chunksize, "list"))
+
+    def imap_unordered(
+        self, func: Callable[[Any], Any], items: Iterable[Any], chunksize: int | None = None
+    ) -> Iterator[Any]:
+        return iter(self._run(func, items, chunksize, "generator_unordered"))
+
+    def apply(self, func: Callable[[Any], Any], argument: Any) -> Any:
+        return self._run(func, [argument], 1, "list")[0]
 
 
 class Dask:
@@ -180,6 +252,9 @@ class Dask:
 
     def __exit__(self, *_: object) -> None:
         self.client.shutdown()
+
+    def share(self, value: Any) -> Any:
+        return self.client.scatter(value, broadcast=True)  # in a task it is the value itself
 
     # pure=False: dask would otherwise run equal calls once and answer the rest from its cache.
     def map(
@@ -204,19 +279,27 @@ PEERS: dict[str, type[Peer]] = {
     "multiprocessing-spawn": MultiprocessingSpawn,
     "concurrent.futures": ConcurrentFutures,
     "loky": Loky,
+    "joblib": Joblib,
     "ray": Ray,
     "dask": Dask,
 }
 
 
-# Those with `Objects`.
+# Those that are measured only in rows that name them, or in which the start method matters.
+SPECIAL = ("multiprocessing-spawn", "joblib")
+# Those with `Objects`, and those with `share`.
 OBJECTS = ("fiber", "multiprocessing")
+SHARING = ("fiber", "multiprocessing", "ray", "dask")
+
+
+# Fiber as it was: the harness gives its processes the source of an older commit (see `against`).
+BEFORE = "before"
 
 
 def load(name: str) -> type[Peer]:
     """The adapter called `name`: one of `PEERS`, or `module:Class` for one of your own."""
     if ":" not in name:
-        return PEERS[name]
+        return PEERS["fiber" if name == BEFORE else name]
     module, _, attribute = name.partition(":")
     adapter: type[Peer] = getattr(import_module(module), attribute)
     return adapter

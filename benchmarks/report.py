@@ -21,6 +21,8 @@ from benchmarks.rows import BASELINE, COUNTED, FLOOR, ROWS, Metric, Row
 BEGIN = "<!-- written by hand from here: a rerun keeps it -->"
 END = "<!-- to here -->"
 
+NOTABLE = 0.10  # what the noise of a quiet machine does not make
+
 READING = """\
 * Ratios are the figures to trust. They compare neighbours in time; the figures themselves move with
   whatever else the machine does. Where the range in brackets is wide, so is the doubt.
@@ -92,7 +94,8 @@ def version(distribution: str) -> str:
 
 def write(path: Path, rows: dict[str, Any]) -> None:
     """Write the report; the part of the old one that was written by hand stays."""
-    path.write_text(render(rows, _hand_written(path)), encoding="utf-8")
+    text = render(rows, _hand_written(path), path.with_name("plots"))
+    path.write_text(text, encoding="utf-8")
 
 
 def _hand_written(path: Path) -> str:
@@ -107,16 +110,16 @@ def _hand_written(path: Path) -> str:
     return kept.strip("\n") + "\n"
 
 
-def render(rows: dict[str, Any], reading: str = READING) -> str:
-    """The report of the stored rows, in the catalogue's order."""
+def render(rows: dict[str, Any], reading: str = READING, plots: Path | None = None) -> str:
+    """The report of the stored rows, in the catalogue's order; `plots`: the folder of pictures."""
     stored = [(row, rows[name]) for name, row in ROWS.items() if name in rows]
     latest = max((data["run"] for _, data in stored), key=lambda run: str(run["date"]))
     versions = ", ".join(f"{peer} {number}" for peer, number in latest["versions"].items())
     head = f"""\
 # Fiber and its peers, measured
 
-Written by `python -m benchmarks`; only the part between the markers is written by hand. All rounds
-are in the JSON file beside this one.
+Written by `python -m benchmarks` (README.md beside this one says how to check a row); only the part
+between the markers is written by hand. All rounds are in the JSON file beside this one.
 
 * Machine: {latest["machine"]}; load average at the start {latest["load"]}
 * Python {latest["python"]}; {versions or "no other packages"}
@@ -129,14 +132,43 @@ median over the rounds."""
     parts = [
         head,
         f"## Reading the figures\n\n{BEGIN}\n\n{reading}\n{END}",
+        "## Where a peer is better\n\n" + _better(stored),
     ]
     for row, data in stored:
-        parts += [f"## {row.title} (`{row.name}`)", row.text, _table(row, data)]
+        parts += [f"## {row.title} (`{row.name}`)", row.text, _figures(row, data)]
+        if row.panels and plots and (plots / f"{row.name}.png").exists():
+            parts += [f"![{row.title}](plots/{row.name}.png)"]
         if data["failures"]:
             failed = data["failures"].items()
             parts += ["\n".join(f"* {_label(row, p)}: {'; '.join(texts)}" for p, texts in failed)]
         parts += [_origin(data["run"], latest)]
     return "\n\n".join(parts) + "\n"
+
+
+def _better(stored: list[tuple[Row, dict[str, Any]]]) -> str:
+    """The figures in which a peer is better than Fiber by more than `NOTABLE`."""
+    lines = []
+    for row, data in stored:
+        ours = data["values"].get("fiber", {})
+        others = [peer for peer in data["values"] if peer not in ("fiber", FLOOR)]
+        for metric in row.metrics:
+            found = []
+            for peer in others if metric.ratio else ():
+                theirs = data["values"][peer].get(metric.key, [])
+                times = costs(metric, theirs, ours.get(metric.key, []))
+                if times and statistics.median(times) > 1 + NOTABLE:
+                    factor = significant(statistics.median(times))
+                    found.append(f"{_label(row, peer)} {factor} times")
+            if found:
+                lines.append(f"* `{row.name}`, {metric.title}: {', '.join(found)}")
+    head = f"By more than {NOTABLE:.0%}, as the median over the rounds says:"
+    return "\n".join([head, "", *lines]) if lines else f"Nowhere by more than {NOTABLE:.0%}."
+
+
+def costs(metric: Metric, base: list[float | None], values: list[float | None]) -> list[float]:
+    """How many times worse `values` are than `base`, for each round that has both."""
+    pairs = [(a, b) for a, b in zip(base, values, strict=False) if a and b]
+    return [a / b if metric.more_is_better else b / a for a, b in pairs]
 
 
 def _origin(run: dict[str, Any], latest: dict[str, Any]) -> str:
@@ -157,9 +189,11 @@ def _origin(run: dict[str, Any], latest: dict[str, Any]) -> str:
     return f"<sub>{text}</sub>"
 
 
-def _table(row: Row, data: dict[str, Any]) -> str:
+def _figures(row: Row, data: dict[str, Any]) -> str:
     values = data["values"]
     shown = [m for m in row.metrics if any(m.key in columns for columns in values.values())]
+    if row.tall:
+        return table(_tall(row, shown, values) if len(values) > 1 else _by_case(row, values))
     header = ["peer"]
     for metric in shown:
         header += [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
@@ -169,10 +203,47 @@ def _table(row: Row, data: dict[str, Any]) -> str:
         line = [_label(row, peer)]
         for metric in shown:
             figures = columns.get(metric.key, [])
-            line += [_figure(figures, metric)]
+            line += [figure(figures, metric)]
             for _, base in _ratios(row, metric):
                 line += [_ratio(figures, values.get(base, {}).get(metric.key, []))]
         lines.append(line)
+    return table(lines)
+
+
+def _tall(row: Row, shown: list[Metric], values: dict[str, Any]) -> list[list[str]]:
+    """The table with a line for each metric: the peers stand side by side."""
+    ratios = {peer: peer != BASELINE and BASELINE in values for peer in values}
+    header = ["figure"]
+    for peer in values:
+        header += [_label(row, peer), "x mp"] if ratios[peer] else [_label(row, peer)]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for metric in shown:
+        line = [f"{metric.title}, {metric.unit}" if metric.unit else metric.title]
+        for peer, columns in values.items():
+            figures = columns.get(metric.key, [])
+            line += [figure(figures, metric)]
+            if ratios[peer]:
+                base = values[BASELINE].get(metric.key, [])
+                line += [_ratio(figures, base) if metric.ratio else ""]
+        lines.append(line)
+    return lines
+
+
+def _by_case(row: Row, values: dict[str, Any]) -> list[list[str]]:
+    """The table of one peer alone: a line for each case."""
+    ((peer, columns),) = values.items()
+    metrics = row.cases[0].metrics
+    header = [_label(row, peer), *(f"{m.title}, {m.unit}" if m.unit else m.title for m in metrics)]
+    lines = [header, ["---"] + ["---:"] * len(metrics)]
+    for case in row.cases:
+        if any(metric.key in columns for metric in case.metrics):
+            shown = [figure(columns.get(metric.key, []), metric) for metric in case.metrics]
+            lines.append([case.title or case.name, *shown])
+    return lines
+
+
+def table(lines: list[list[str]]) -> str:
+    """A table in Markdown; the second line is the one under the headings."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -188,7 +259,8 @@ def _label(row: Row, peer: str) -> str:
     return "multiprocessing (spawn)" if peer == "multiprocessing-spawn" else peer
 
 
-def _figure(values: list[float | None], metric: Metric) -> str:
+def figure(values: list[float | None], metric: Metric) -> str:
+    """The median, and the range if there is one."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -202,18 +274,18 @@ def _figure(values: list[float | None], metric: Metric) -> str:
 
 def _ratio(values: list[float | None], base: list[float | None]) -> str:
     ratios = [a / b for a, b in zip(values, base, strict=False) if a is not None and b]
-    return _significant(statistics.median(ratios)) if ratios else "-"
+    return significant(statistics.median(ratios)) if ratios else "-"
 
 
 def _number(value: float, unit: str) -> str:
     if unit in COUNTED and value >= 1e6:
-        return f"{_significant(value / 1e6)}M"
+        return f"{significant(value / 1e6)}M"
     if unit in COUNTED and value >= 1e3:
-        return f"{_significant(value / 1e3)}k"
-    return _significant(value)
+        return f"{significant(value / 1e3)}k"
+    return significant(value)
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three digits that mean something: 0.0123, 1.05, 36.8, 183, 10960; a count stays whole."""
     if value == int(value):
         return str(int(value))

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 BLOB = bytes(range(256)) * 3906 + bytes(64)  # 1 MB
 STRIDE = 4097  # one byte of each page, and not always the same one
 KEY = "key"
+LARGE = 1_000_000  # numbers of 8 bytes
+PAGE = 512  # of them
+
+_made: Any = None
+_kept: object = None
 
 
 def nothing(_: object) -> None:
@@ -32,6 +37,71 @@ def whoami(seconds: float) -> int:
     """The worker's process id, after a pause in which the other workers can take their share."""
     time.sleep(seconds)
     return os.getpid()
+
+
+def meet(paths: tuple[str, str]) -> int:
+    """Tell the first fifo that we are here, and wait for a byte of the second; our process id."""
+    for path, way, act in zip(paths, (os.O_WRONLY, os.O_RDONLY), (_tell, _wait), strict=True):
+        fd = os.open(path, way)
+        act(fd)
+        os.close(fd)
+    return os.getpid()
+
+
+def _tell(fd: int) -> None:
+    os.write(fd, b".")
+
+
+def _wait(fd: int) -> None:
+    os.read(fd, 1)
+
+
+def reduce(array: Any) -> float:
+    """The sum of one number of each page of an array of float64: all of it has come."""
+    return float(array[::PAGE].sum())
+
+
+def made(number: int) -> Any:
+    """An array of 8 MB with `number` in each page; the memory is the worker's and used again."""
+    global _made
+    if _made is None:
+        import numpy as np
+
+        _made = np.zeros(LARGE)
+    _made[::PAGE] = number
+    return _made
+
+
+def use(item: tuple[Any, int]) -> float:
+    """Read each page of a large array, which comes as itself or as what it can be had from."""
+    source, number = item
+    array = source.get() if hasattr(source, "get") else source
+    return reduce(array) + number
+
+
+def keep(value: object) -> None:
+    """The initializer that makes `Kept` give `value`."""
+    global _kept
+    _kept = value
+
+
+class Kept:
+    """Stands for what the initializer has kept in this process."""
+
+    def get(self) -> Any:
+        return _kept
+
+
+class RayHandle:
+    """Stands for what is in ray's store."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def get(self) -> Any:
+        import ray
+
+        return ray.get(self.reference)
 
 
 def put(queue: Any, messages: tuple[Any, ...], count: int, readers: int) -> None:

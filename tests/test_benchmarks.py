@@ -11,24 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.rows import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
-TITLES = (
-    "Empty tasks",
-    "A stream of empty tasks",
-    "Round trip",
-    "The sleep test of the Fiber paper",
-    "First result",
-    "Import",
-    "Memory",
-    "Processor time of the master",
-    "Small messages through a queue",
-    "Large messages through a queue",
-    "Pipe",
-    "Lock",
-    "Manager",
-    "Value",
-)
+FEW = {
+    "empty": "Empty tasks",
+    "stream": "A stream of empty tasks",
+    "apply": "Round trip",
+    "sleep": "The sleep test of the Fiber paper",
+    "first": "First result",
+    "import": "Import",
+    "memory": "Memory",
+    "cpu": "Processor time of the master",
+}
+SHARED = {
+    "queue": "Small messages through a queue",
+    "queue-large": "Large messages through a queue",
+    "pipe": "Pipe",
+    "lock": "Lock",
+    "manager": "Manager",
+    "value": "Value",
+}
+LARGE = {
+    "large-arguments": "Large arguments",
+    "large-results": "Large results",
+    "constant": "One large array for many tasks",
+}
+MANY = {
+    "thousand": "A thousand workers",
+    "sleep-64": "The sleep test with 64 workers",
+    "sleep-1024": "The sleep test with 1,024 workers",
+    "evolution": "Evolution strategies as in the Fiber paper",
+}
+SIMULATED = {"simulation": "Ten thousand simulated workers"}
+DRAWN = {"sleep", "sleep-64", "sleep-1024", "evolution", "simulation"}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
@@ -66,21 +82,82 @@ def results(output: Path) -> dict[str, Any]:
 
 
 @linux
-def test_a_quick_run_reports_every_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("titles", "peers"),
+    [
+        (FEW, ("multiprocessing", "fiber")),
+        (SHARED, ("multiprocessing", "fiber")),
+        (LARGE, ("multiprocessing", "fiber", "joblib")),
+        (MANY, ("multiprocessing", "fiber")),
+        (SIMULATED, ("fiber",)),
+    ],
+    ids=["few", "shared", "large", "many", "simulated"],
+)
+def test_a_quick_run_reports_its_rows(
+    tmp_path: Path, titles: dict[str, str], peers: tuple[str, ...]
+) -> None:
     output = tmp_path / "RESULTS.md"
-    done = benchmark(output, "--peers", "multiprocessing", "fiber")
+    done = benchmark(output, *titles, "--peers", *peers)
     report = output.read_text()
-    for title in TITLES:
-        assert f"## {title} (`" in report
     rows = results(output)
-    assert len(rows) == len(TITLES)
-    for name, row in rows.items():
-        assert not row["failures"], done.stderr
-        for peer in ("multiprocessing", "fiber"):
-            for metric, values in row["values"][peer].items():
+    assert list(rows) == list(titles)
+    for name, title in titles.items():
+        assert f"## {title} (`{name}`)" in report
+        assert not rows[name]["failures"], done.stderr
+        for peer in peers:
+            if peer == "joblib" and name not in LARGE:
+                continue
+            assert rows[name]["values"][peer]
+            for metric, values in rows[name]["values"][peer].items():
                 assert len(values) == 1, (name, peer, metric)
-                # A close may take no time, and an import less than the noise of a start.
-                assert values[0] > 0 or name in ("first", "import"), (name, peer, metric)
+                if metric == "up" and peer != "fiber":
+                    assert values == [None]  # who does not tell
+                    continue
+                # A close may take no time, and an import less than the noise of a start; and what
+                # is counted in ticks of the clock may be none.
+                may_be_none = name in ("first", "import") or metric.endswith(("cpu", "crowd"))
+                assert values[0] > 0 or may_be_none, (name, peer, metric)
+        drawn = (tmp_path / "plots" / f"{name}.png").exists()
+        assert drawn == (name in DRAWN)
+        assert drawn == (f"(plots/{name}.png)" in report)
+
+
+def test_every_row_is_run_here() -> None:
+    assert {*FEW, *SHARED, *LARGE, *MANY, *SIMULATED} == set(ROWS)
+
+
+@linux
+def test_a_row_is_measured_against_an_older_commit(tmp_path: Path) -> None:
+    output = tmp_path / "AGAINST.md"
+    command = [sys.executable, "-m", "benchmarks.against", "HEAD", "apply", "memory"]
+    done = run([*command, "--quick", "--rounds", "2", "--output", str(output)])
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in output.read_text().splitlines() if line.startswith("| `")]
+    assert sum(line.startswith("| `apply` | median, µs |") for line in lines) == 1
+    assert sum(line.startswith("| `memory` | master, private, MB |") for line in lines) == 1
+    for line in lines:
+        before, now, ratio = line.split(" | ")[2:5]
+        assert "-" not in (before, now), line
+        assert float(ratio) > 0
+
+
+def test_a_commit_that_is_not_there_is_refused() -> None:
+    done = run([sys.executable, "-m", "benchmarks.against", "no-such-commit", "apply"])
+    assert done.returncode != 0
+    assert "no-such-commit" in done.stderr
+
+
+@linux
+def test_a_short_soak_comes_to_an_end_with_right_results_and_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "SOAK.md"
+    command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.15", "--workers", "2"]
+    done = run([*command, "--output", str(output)])
+    report = output.read_text()
+    # In seconds everything grows; but nothing may fail, and nothing may stay.
+    for wrong in ("the program failed", "left behind", "with the pool closed, "):
+        assert wrong not in report.partition("Verdict")[2].partition("\n")[0], done.stderr
+    assert "| the program has ended | - | - | 0 files |" in report
+    assert (tmp_path / "plots" / "soak.png").exists()
 
 
 def test_a_rerun_keeps_other_rows_and_what_was_written_by_hand(tmp_path: Path) -> None:
