@@ -24,10 +24,11 @@ from fiber.backends import registry
 from fiber.errors import MaybeEncodingError, PoolError, RemoteTraceback
 from fiber.pool.calls import Options
 from fiber.pool.crew import Settings
-from fiber.pool.master import Master, PoolStats
+from fiber.pool.master import Master
 from fiber.pool.protocol import APPLY, MAP, STARMAP
 from fiber.pool.results import AsyncResult, IMapIterator, IMapUnorderedIterator, MapResult
 from fiber.pool.source import SEQUENCES
+from fiber.pool.stats import PoolStats
 from fiber.process import Process
 from fiber.resources import Resources, cpu_count, meta_of
 from fiber.runtime import main
@@ -158,7 +159,7 @@ class Pool:
         options = _options(None, retries, timeout)
         master = self._ready(func)
         result = AsyncResult(self._loop, self)
-        packed = master.pack(func)
+        packed = master.packer.pack(func)
         items = [(tuple(args), dict(kwds) if kwds else {})]
         with self._loop as loop:
             master.submit(func, packed, APPLY, result, items, options)
@@ -232,7 +233,7 @@ class Pool:
         options = _options(None, retries, timeout)
         master = self._ready(func)
         result = AsyncResult(self._loop, self, callback, error_callback)
-        packed = master.pack(func)
+        packed = master.packer.pack(func)
         items = [(tuple(args), dict(kwds) if kwds else {})]
         with self._loop:
             master.submit(func, packed, APPLY, result, items, options)
@@ -333,8 +334,9 @@ class Pool:
     ) -> MapResult:
         master = self._ready(func)
         items = list(iterable)
-        packed, keeps = master.share(master.pack(func))
-        constants = master.constants_of(how, items)
+        packer = master.packer
+        packed, keeps = packer.share(packer.pack(func))
+        constants = packer.constants_of(how, items)
         result = MapResult(
             self._loop, self, len(items), callback, error_callback, return_exceptions
         )
@@ -350,7 +352,8 @@ class Pool:
         options: Options,
     ) -> None:
         assert self._master is not None
-        packed, keeps = self._master.share(self._master.pack(func))
+        packer = self._master.packer
+        packed, keeps = packer.share(packer.pack(func))
         items = iterable if type(iterable) in SEQUENCES else iter(iterable)
         with self._loop:
             self._master.stream(func, packed, MAP, results, items, options, keeps)

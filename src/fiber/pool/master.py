@@ -11,12 +11,11 @@ whichever thread leads it.
 from __future__ import annotations
 
 import pickle
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fiber.config import config
 from fiber.errors import (
@@ -28,59 +27,33 @@ from fiber.errors import (
     WorkerDied,
 )
 from fiber.pool import protocol
-from fiber.pool.calls import Call, Options, Sink, name_of, need_a_look, weight_of
+from fiber.pool.calls import Call, Options, Sink
 from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.elastic import Elastic
-from fiber.pool.lending import LENT, Lending, arena_name
+from fiber.pool.keeping import Keeping
+from fiber.pool.lending import LENT
+from fiber.pool.packer import Packer
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
 from fiber.pool.source import source_of
+from fiber.pool.stats import PoolStats
 from fiber.process import Process
 from fiber.resources import Resources
-from fiber.runtime import folders, session
+from fiber.runtime import session
 from fiber.runtime.logs import WARNING, log
-from fiber.runtime.loop import Event, Timer
-from fiber.wire import arena, exceptions
+from fiber.runtime.loop import Event
+from fiber.wire import exceptions
 from fiber.wire.framing import Frame
-from fiber.wire.pickling import Packed, dumps, loads, reason
+from fiber.wire.pickling import Packed, loads, reason
 
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
 
-__all__ = ["Master", "PoolStats"]
+__all__ = ["Master"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
-_LOOK = 1.0  # seconds between looks whether the user has let go of results
-_ARRIVES = 0.5  # seconds that a message to a home takes at the most, while nothing is stuck
 _SMALL = 1 << 16  # bytes of a function that a worker may keep until it hears from us again
 _READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
-
-
-class PoolStats(NamedTuple):
-    """A pool at one moment.
-
-    Attributes:
-        processes: workers that it should have, just now if it is elastic.
-        ready: workers that are up.
-        waiting: items that no worker has.
-        running: items that workers have.
-        done: items that have a result, or an exception of their own.
-        failed: items that failed by a worker's death or a time-out.
-        died: workers that ended without being asked to.
-        seconds: spent in tasks by all workers together.
-        minimum, maximum: what `processes` may be: the same if the pool is not elastic.
-    """
-
-    processes: int
-    ready: int
-    waiting: int
-    running: int
-    done: int
-    failed: int
-    died: int
-    seconds: float
-    minimum: int
-    maximum: int
 
 
 class _Reference(weakref.ref[IMapUnorderedIterator]):
@@ -98,30 +71,30 @@ class Master:
     Attributes:
         loop: of the session.
         closing: whether it takes no more calls.
+        packer: pickles what calls need.
     """
 
     def __init__(self, settings: Settings, resources: Resources) -> None:
         self.settings = settings
-        self._session = session.current()
-        self.loop = self._session.loop
+        self.loop = session.current().loop
         self.closing = False
         self._scheduler = Scheduler()
         self._calls: dict[int, Call] = {}
         self._call_ids = 0
-        self._packed: tuple[Any, Packed] = (None, Packed(b"", ()))  # the last function
         self._ended: BaseException | None = None  # why it takes no more calls
         self._dropped: deque[_Reference] = deque()  # iterators that nobody has any more
         self._acting = False
         self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
-        self._lending = Lending(self._session.arena)
-        self._blind: set[int] = set()  # workers that do not see what is lent to them
-        self._looking: Timer | None = None
-        self._handles: dict[int, tuple[list[Any], bool]] = {}
-        """Of constants, by the batch that they are in; whether it was under way lately."""
         self._streams: dict[int, Call] = {}  # calls whose items come as they are needed
         self._crew = Crew(settings, resources, self)
+        self._keeping = Keeping(
+            session.current(),
+            self._crew.workers,
+            lambda: {batch.id for batch in self._scheduler.assigned()},
+        )
+        self.packer = Packer(lambda: self._crew.known_names)
         self._elastic: Elastic | None = None
         if settings.least < settings.processes:
             self._elastic = Elastic(self.loop, self._scheduler, self._crew, self._resized)
@@ -140,9 +113,6 @@ class Master:
 
     # Calls -------------------------------------------------------------------------------------
 
-    def _memory_folder(self) -> str:
-        return session.current().memory_folder()
-
     def check_open(self) -> None:
         """Raise what the pool says to who wants to submit."""
         if self._ended is not None:
@@ -152,38 +122,6 @@ class Master:
                 "this pool's session has ended, or belongs to the process that this one was forked "
                 "from; make a pool here"
             )
-
-    def pack(self, function: Callable[..., Any]) -> Packed:
-        """Pickle a function for the workers; raises SerializationError."""
-        known = self._crew.known_names
-        last, last_packed = self._packed  # one reading: another thread may put its own there
-        if known is None and function is last:
-            return last_packed
-        try:
-            packed = dumps(function, known)
-        except SerializationError as error:
-            raise SerializationError(
-                f"the function {name_of(function)} cannot be sent to the workers: {error}"
-            ) from error.__cause__
-        if packed.by_name and isinstance(function, types.FunctionType):
-            self._packed = (function, packed)  # a name stays the same: no need to pickle it again
-        return packed
-
-    def constants_of(self, how: int, items: list[Any]) -> Constants | None:
-        """Return what is to be sent once of all that the items have; not within the loop."""
-        if not need_a_look(items):
-            return None
-        from fiber.pool.constants import constants_of  # not needed to import Fiber
-
-        return constants_of(how, items, self._crew.known_names, self._memory_folder)
-
-    def share(self, packed: Packed) -> tuple[Packed, Any]:
-        """Return a function as it shall travel, and what keeps it; not within the loop."""
-        if weight_of(packed) < arena.LEAST:
-            return packed, None
-        from fiber.pool.constants import share_function
-
-        return share_function(packed, self._memory_folder)
 
     def submit(
         self,
@@ -326,32 +264,12 @@ class Master:
                 tell = worker.link.post if told or size > _SMALL else worker.link.enclose
                 tell(protocol.FORGET, body)
 
-    # What is lent ------------------------------------------------------------------------------
-
-    def _look_soon(self) -> None:
-        if self._looking is None:
-            self._looking = self.loop.call_later(_LOOK, self._look)
-
-    def _look(self) -> None:
-        """Give back what the user has let go of, which nothing tells."""
-        self._looking = None
-        self._give_back()
-        if self._lending.holding and self._crew.workers:
-            self._look_soon()
-
-    def _give_back(self) -> None:
-        for owner, body in self._lending.returns().items():
-            worker = self._crew.workers.get(owner)  # type: ignore[call-overload]
-            if worker is not None:
-                worker.post(protocol.RETURN, body)
-
     # What the scheduler asks for ---------------------------------------------------------------
 
     def _act(self) -> None:
         while self._dropped:
             self.cancel(self._dropped.popleft().call)
-        if self._lending.ended:
-            self._give_back()
+        self._keeping.give_back()
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
         self._acting = True
@@ -396,7 +314,7 @@ class Master:
         finally:
             session.lend_to(None)
         if handles:
-            self._keep_handles(batch.id, handles)
+            self._keeping.keep(batch.id, handles)
         weight = (len(data) + sum(map(len, buffers))) / len(items)
         if call.constants is not None:
             weight += call.constants.size
@@ -423,32 +341,12 @@ class Master:
             len(function_buffers),
             len(function),
         )
-        kind, buffers = protocol.BATCH, [*function_buffers, *buffers]
-        if buffers and not (worker.child.agent.elsewhere or worker.id in self._blind):
-            kind, buffers = self._lending.pack(worker.id, kind, buffers)  # type: ignore[assignment]
-            if kind != protocol.BATCH:
-                self._session.tend_arena()
-        worker.post(kind, head + function + data, buffers)
+        all_buffers = [*function_buffers, *buffers]
+        kind, sent = self._keeping.pack(worker, protocol.BATCH, all_buffers)
+        worker.post(kind, head + function + data, sent)
         if call.timeout is not None:
             when = monotonic() + call.timeout
             worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
-
-    def _keep_handles(self, batch: int, handles: list[Any]) -> None:
-        """Keep constants until a worker has unpickled the batch, and said so to their homes."""
-        if not self._handles:
-            self.loop.call_later(_ARRIVES, self._drop_handles)
-        self._handles[batch] = (handles, True)
-
-    def _drop_handles(self) -> None:
-        """Drop those of batches that are done, and were already the last time."""
-        under_way = {batch.id for batch in self._scheduler.assigned()}
-        self._handles = {
-            batch: (handles, batch in under_way)
-            for batch, (handles, fresh) in self._handles.items()
-            if fresh or batch in under_way
-        }
-        if self._handles:
-            self.loop.call_later(_ARRIVES, self._drop_handles)
 
     def _expire(self, batch: Batch, call: Call) -> None:
         """An item took too long: it fails, and its worker is ended."""
@@ -548,11 +446,7 @@ class Master:
                 call.known_by.discard(worker.id)
                 if call.constants is not None:
                     call.constants.told.discard(worker.id)
-        self._lending.gone(worker.id)
-        self._blind.discard(worker.id)
-        if not worker.child.agent.elsewhere:
-            memory = folders.memory_folder(self._session.folder)
-            arena.remove(memory, arena_name(worker.child.pid))
+        self._keeping.down(worker)
         self._act()
 
     def _is_innocent(self, worker: Worker) -> bool:
@@ -580,15 +474,14 @@ class Master:
         """A worker sent results, or could not load a batch, or gives back what it was lent."""
         if frame.kind & LENT:
             try:
-                frame = self._lending.unpack(worker.id, frame)
+                frame = self._keeping.unpack(worker, frame)
             except OSError as error:
                 text = "results of %s cannot be read, so that it is ended: %s"
                 log(WARNING, text, worker.child.name, error)
                 worker.kill()  # they will be computed again elsewhere
                 return
-            self._look_soon()
         if frame.kind == protocol.RETURN:
-            self._lending.taken_back(worker.id, frame.body)
+            self._keeping.taken_back(worker, frame)
         elif frame.kind == protocol.BLIND:
             self._on_blind(worker, pickle.loads(frame.body))
         elif frame.kind == protocol.RESULTS:
@@ -646,7 +539,7 @@ class Master:
         self._settle_failed(batch, error)
 
     def _on_blind(self, worker: Worker, number: int) -> None:
-        self._blind.add(worker.id)
+        self._keeping.is_blind(worker)
         for batch in self._scheduler.batches_of(worker.id):
             call = self._calls.get(batch.call.id)
             if batch.id == number and call is not None:
