@@ -148,6 +148,7 @@ class Batch:
         self.ends: list[float] = []  # when each item will be done
         self.sent = 0
         self.began = 0.0
+        self.slow = False  # that it takes long was said
 
     def begin(self, now: float) -> None:
         self.began = now
@@ -258,7 +259,9 @@ class Holder:
             return
         returned = len(batch.ends) - done - 1
         del batch.ends[done + 1 :]
-        worker.report(batch.id, new, returned, 0.0)
+        if new or returned or not batch.slow:
+            batch.slow = True
+            worker.report(batch.id, new, returned, 0.0)
         if new:
             batch.sent, batch.began = done, now
         while worker.waiting:

@@ -149,6 +149,7 @@ class _Job:
         self.errors: dict[int, tuple[bytes, str]] = {}
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
+        self.slow = False  # the master was told before its end that it is not done
         self.began = time.perf_counter()
         self._pid = os.getpid()
 
@@ -432,7 +433,12 @@ class Worker:
             done = len(job.values)
             if done > job.sent:
                 job.began = time.perf_counter()  # what is left will be measured from here
-            self._report(job, done, returned, 0.0)
+            if done > job.sent or returned or not job.slow:  # that it takes long is said once
+                job.slow = True
+                self._report(job, done, returned, 0.0)
+            elif self._lending.ended:
+                self._give_back()
+                self._channel.flush()
             while self._arrived.poll(0):
                 self._inbox.extend(self._channel.read())
             for _ in range(len(self._inbox)):
