@@ -235,3 +235,111 @@ def test_a_call_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
         pool.starmap_async(tasks.wait_with, items)
         assert len(files()) == 1
     assert files() == []
+
+
+class Model:
+    def __init__(self) -> None:
+        self.params = [0.0] * 20_000
+
+
+class Optimiser:
+    def __init__(self, params: list[float]) -> None:
+        self.params = params
+
+    def step(self) -> None:
+        self.params[0] += 1
+
+
+def train(model: Model, optimiser: Optimiser, number: int) -> float:
+    optimiser.step()
+    return model.params[0]
+
+
+def test_constants_that_have_something_in_common_have_it_in_the_task(pool: fiber.Pool) -> None:
+    model = Model()
+    items = [(model, Optimiser(model.params), number) for number in range(6)]
+    assert pool.starmap(train, items, 1) == [1.0] * 6
+    same = Optimiser(model.params)
+    assert pool.starmap(train, [(model, same, number) for number in range(6)], 1) == [1.0] * 6
+
+
+class Node:
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+
+class Tree:
+    def __init__(self) -> None:
+        self.blob = [0.0] * 20_000
+        self.nodes = [Node(self) for _ in range(6)]
+
+
+def is_in_its_tree(node: Node) -> bool:
+    return any(node is other for other in node.tree.nodes)
+
+
+def test_an_item_within_a_constant_is_in_it_for_its_task(pool: fiber.Pool) -> None:
+    assert pool.map(is_in_its_tree, Tree().nodes, 1) == [True] * 6
+
+
+def has(array: Any, named: dict[str, Any], number: int) -> bool:
+    return named["array"] is array
+
+
+def test_an_array_and_what_has_it_arrive_as_they_were(pool: fiber.Pool) -> None:
+    array = np.zeros(50_000)
+    named = {"array": array}
+    assert pool.starmap(has, [(array, named, number) for number in range(6)], 1) == [True] * 6
+
+
+def refuse(*args: object) -> None:
+    raise ValueError("this cannot be loaded")
+
+
+class Refuses:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return refuse, ()
+
+
+def second(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
+
+
+def test_what_cannot_be_loaded_beside_a_constant_fails_alone() -> None:
+    array = np.zeros(50_000)
+    with fiber.Pool(1, maxtasksperchild=1) as pool:
+        items = [(array, Refuses()), (array, 1), (array, 2)]
+        first, *others = pool.map(second, items, 1, return_exceptions=True)
+        assert isinstance(first, fiber.SerializationError)
+        assert others == [1, 2]
+        assert pool.map(second, [(array, 3), (array, 4)], 1) == [3, 4]
+
+
+class Meta(type):
+    def __eq__(cls, other: object) -> Any:
+        raise ArithmeticError("types like this one are not compared")
+
+    def __hash__(cls) -> int:
+        return 0
+
+
+class Unusual(metaclass=Meta):
+    pass
+
+
+class Lazy:
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("not yet")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lazy, ()
+
+
+def name_of(item: object) -> str:
+    return type(item).__name__
+
+
+@pytest.mark.parametrize("kind", [Unusual, Lazy])
+def test_unusual_objects_are_no_obstacle(pool: fiber.Pool, kind: Callable[[], object]) -> None:
+    assert pool.map(name_of, [kind(), kind()], 1) == [kind.__name__] * 2  # type: ignore[attr-defined]

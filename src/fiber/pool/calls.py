@@ -21,12 +21,25 @@ from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Apart, Number, Packed, d
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
 
-__all__ = ["LOOKED_AT", "Call", "Options", "Sink", "name_of", "need_a_look", "weight_of"]
+__all__ = [
+    "LOOKED_AT",
+    "Call",
+    "Entangled",
+    "Options",
+    "Sink",
+    "name_of",
+    "need_a_look",
+    "weight_of",
+]
 
 LOOKED_AT = 256
 """Items of a call, at the most, that are searched for what they have in common."""
 
 _FEW = 64  # items with large arguments that make a batch, about
+
+
+class Entangled(Exception):
+    """An item has a part of a constant, which so cannot be sent apart from it."""
 
 
 class Options(NamedTuple):
@@ -89,6 +102,7 @@ class Call:
         self.iterator: Any = None
         """A weak reference to who hands out the results of a stream."""
         self.constants: Constants | None = None
+        self._entangled = False
         self.keeps: Any = None
         """What keeps a function that the workers share."""
         self._first = 0  # index of the first of `items`
@@ -109,7 +123,16 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
-        number = self.constants.number if self.constants is not None else None
+        if self.constants is not None and not self._entangled:
+            try:
+                return self._pack(items, known, self.constants.number)
+            except Entangled:
+                self._entangled = True
+        return self._pack(items, known, None)
+
+    def _pack(
+        self, items: list[Any], known: Container[str] | None, number: Number | None
+    ) -> tuple[bytes, list[Any], int]:
         if len(items) <= self.chunk or is_plain(items):
             packed = dumps(_set_apart(items, self.how, number), known, number=number)
             return packed.data, list(packed.buffers), 1

@@ -6,17 +6,23 @@
 It is found by identity: an object that several items are, or have among their elements. If its
 pickle is large it is pickled once, into memory that the workers of a place share, and batches refer
 to it. A function whose pickle is large, with what a closure or a partial holds, travels so too.
+
+What is one object in an item is one for its task. So nothing is sent apart that has something in
+common with what else is sent, which could be changed: of two constants, one stays with the items;
+and if an item reaches into a constant, the call goes on without (`Entangled`).
 """
 
 from __future__ import annotations
 
+import enum
 import pickle
+import sys
 import types
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from fiber.constants import share
-from fiber.pool.calls import LOOKED_AT, weight_of
+from fiber.pool.calls import LOOKED_AT, Entangled, weight_of
 from fiber.pool.loader import Source, load_function
 from fiber.pool.protocol import STARMAP
 from fiber.runtime import session
@@ -29,8 +35,9 @@ __all__ = ["Constants", "constants_of", "share_function"]
 _FEW = 16  # elements of a container that are
 _DEPTH = 2  # containers within each other
 _FIXED = PLAIN - SIZED
-_CONTAINERS = (tuple, list, dict)
-_NAMED = (type, types.FunctionType, types.ModuleType)
+_CONTAINERS = frozenset({tuple, list, dict})
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_UNCHANGING = PLAIN | {tuple, frozenset, range, slice}
 
 
 Folder = Callable[[], str]
@@ -57,19 +64,38 @@ class Constants:
         self.told: set[int] = set()
         self.size = 0
         self._numbers: dict[int, int] = {}
-        self._held: list[Any] = []  # objects, whose identities must last, and references
+        self._within: dict[int, Any] = {}  # what is in them and can be changed, by identity
+        self._held: list[Any] = []  # references
 
-    def add(self, obj: Any, packed: Packed, folder: Folder) -> None:
-        """Send `obj`, which is packed, by number from now on."""
+    def add(self, obj: Any, packed: Packed, within: dict[int, Any], folder: Folder) -> bool:
+        """Send `obj`, which is packed, by number from now on, if it is apart from the others.
+
+        Args:
+            obj: of which there is one in several items.
+            packed: its pickle.
+            within: what is in it and can be changed.
+            folder: returns the folder for shared memory.
+        """
+        if not self._within.keys().isdisjoint(within):
+            return False
         ref, source = _share(packed, folder, type(obj) in SIZED)
         self._numbers[id(obj)] = len(self.sources)
         self.sources.append(source)
         self.size = max(self.size, source.size)
+        self._within.update(within)
         self._held += (obj, ref)
+        return True
 
     def number(self, obj: Any) -> int | None:
-        """Return the number of an object, None if it is no constant."""
-        return self._numbers.get(id(obj))
+        """Return the number of an object, None if it is no constant.
+
+        Raises:
+            Entangled: it is a part of one.
+        """
+        found = self._numbers.get(id(obj))
+        if found is None and id(obj) in self._within:
+            raise Entangled
+        return found
 
 
 def constants_of(
@@ -84,19 +110,34 @@ def constants_of(
         folder: returns the folder for shared memory.
     """
     sample = items[:: -(-len(items) // LOOKED_AT)]
-    constants = None
+    found = []
     for obj in _common(sample, _DEPTH + (how == STARMAP)):
         session.lend_to([])  # the items keep what has handles among them
+        within: dict[int, Any] = {}
         try:
-            packed = dumps(obj, known)
+            packed = dumps(obj, known, within=within)
         except (Exception, SystemExit):
             continue  # the items that have it will tell
         finally:
             session.lend_to(None)
         if weight_of(packed) >= LEAST:
-            constants = constants or Constants()
-            constants.add(obj, packed, folder)
+            within = {identity: part for identity, part in within.items() if _can_change(part)}
+            found.append((obj, packed, within))
+    if not found:
+        return None
+    constants = Constants()
+    for obj, packed, within in sorted(found, key=lambda one: len(one[2])):
+        constants.add(obj, packed, within, folder)
     return constants
+
+
+def _can_change(obj: Any) -> bool:
+    """Whether an object may be changed: all may, but for a few kinds."""
+    kind = type(obj)
+    if kind in _UNCHANGING or issubclass(kind, (*_NAMED, enum.Enum)):
+        return False
+    numpy = sys.modules.get("numpy")
+    return numpy is None or not issubclass(kind, numpy.dtype)
 
 
 def _common(items: Sequence[Any], depth: int) -> list[Any]:
@@ -130,13 +171,15 @@ def _within(obj: Any, depth: int, ends: Container[int]) -> Iterator[Any]:
 def _elements(obj: Any, kind: type) -> Sequence[Any]:
     """Return what is in a container, or the attributes of an object, if these are a few."""
     if kind not in _CONTAINERS:
-        if kind in _NAMED:
+        if any(kind is named for named in _NAMED):
             return ()
         try:
             obj = object.__getattribute__(obj, "__dict__")
-        except AttributeError:
+        except Exception:  # none, or a property
             return ()
         kind = type(obj)
+        if kind is not dict:
+            return ()
     if len(obj) > _FEW:
         return ()
     return list(obj.values()) if kind is dict else obj

@@ -526,7 +526,6 @@ class Master:
             return
         (batch,) = found
         call.known_by.discard(worker.id)
-        worker.knows.discard(call.id)
         if batch.stop - batch.start > 1:
             self._scheduler.unloadable(number)
             return

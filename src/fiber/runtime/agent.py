@@ -343,6 +343,11 @@ class Agent:
             for client in self.clients:
                 if client.first:
                     client.link.channel.close()
+                else:
+                    for (
+                        fd
+                    ) in client.link.channel.fds:  # for another child, whose frame is on its way
+                        os.close(fd)
             # Of hundreds of processes there are thousands. What belongs to them in memory stays
             # as it is: this process ends without coming back to it.
             keep = sorted(fd for fd in (upstream.fileno(), *fds) if fd >= self._floor)

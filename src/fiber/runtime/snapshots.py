@@ -204,7 +204,8 @@ class Copy:
                     if _try_lock(fd, fcntl.LOCK_EX) and _is_at(fd, self.path):
                         self._fill(fd, size, read)
                         fcntl.flock(fd, fcntl.LOCK_SH)
-                        return fd
+                        if _is_at(fd, self.path):  # in between it is nobody's
+                            return fd
                 os.close(fd)
             except BaseException:
                 os.close(fd)
@@ -213,7 +214,7 @@ class Copy:
 
     def _pauses(self) -> Iterator[float]:
         """Yield seconds to wait for who fetches it, as long as that goes on."""
-        seen, until, pause = -1.0, 0.0, _LOOK_AGAIN
+        seen, until, pause = -1.0, time.monotonic() + _PATIENCE, _LOOK_AGAIN
         while True:
             with contextlib.suppress(OSError):
                 changed = os.stat(self.path).st_mtime

@@ -102,6 +102,7 @@ def dumps(
     share: bool = False,
     number: Number | None = None,
     apart: int = _IN_BAND,
+    within: dict[int, Any] | None = None,
 ) -> Packed:
     """Pickle `obj`, with its large buffers left out of band.
 
@@ -114,6 +115,7 @@ def dumps(
         number: returns the number by which the receiver knows an object, or None; such objects are
             left out, and it must unpickle by a `pickle.Unpickler` of its own.
         apart: bytes from which on a buffer is kept out of band.
+        within: is given all objects in `obj` that could occur in another one, by their identity.
 
     Raises:
         SerializationError: it cannot be pickled; the message says what and why. An exception of
@@ -136,11 +138,13 @@ def dumps(
                 return Packed(b"".join(_dump_by_name(obj, keep)), buffers)
             if number is not None:
                 return Packed(_dump_numbered(obj, number, keep), buffers)
+            if within is not None:
+                return Packed(_dump_remembering(obj, within, keep), buffers)
             return Packed(pickle.dumps(obj, PROTOCOL, buffer_callback=keep), buffers)
         except Exception:
             buffers.clear()  # what cannot go by name may still go by value
             carrier.withdraw(mark)
-    data = b"".join(_dump_by_value(obj, known, share, keep, number))
+    data = b"".join(_dump_by_value(obj, known, share, keep, number, within))
     return Packed(data, buffers, by_name=False)
 
 
@@ -221,12 +225,25 @@ def _dump_numbered(obj: object, number: Number, keep: Keep) -> bytes:
     return file.getvalue()
 
 
+def _dump_remembering(obj: object, within: dict[int, Any], keep: Keep) -> bytes:
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, PROTOCOL, buffer_callback=keep)
+    pickler.dump(obj)
+    _remember(pickler, within)
+    return file.getvalue()
+
+
+def _remember(pickler: Any, within: dict[int, Any]) -> None:
+    within.update({identity: part for identity, (_, part) in pickler.memo.copy().items()})
+
+
 def _dump_by_value(
     obj: object,
     known: Container[str] | None,
     share: bool,
     keep: Keep,
     number: Number | None = None,
+    within: dict[int, Any] | None = None,
 ) -> list[Buffer]:
     sink = _Sink()
     mark = carrier.made
@@ -235,6 +252,8 @@ def _dump_by_value(
         pickler = kind(sink, known, share, keep)
         pickler.number = number
         pickler.dump(obj)
+        if within is not None:
+            _remember(pickler, within)
     except BaseException as error:
         carrier.withdraw(mark)
         if isinstance(error, _REFUSALS):
