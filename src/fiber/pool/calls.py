@@ -102,9 +102,10 @@ class Call:
         self.iterator: Any = None
         """A weak reference to who hands out the results of a stream."""
         self.constants: Constants | None = None
-        self._entangled = False
-        self.keeps: Any = None
-        """What keeps a function that the workers share."""
+        self.all_inline = False
+        """Whether the constants go with the items after all."""
+        self.keeps: tuple[Any, Packed] | None = None
+        """What keeps a function that the workers share, and its own pickle."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
@@ -123,11 +124,11 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
-        if self.constants is not None and not self._entangled:
+        if self.constants is not None and not self.all_inline:
             try:
                 return self._pack(items, known, self.constants.number)
             except Entangled:
-                self._entangled = True
+                self.all_inline = True
         return self._pack(items, known, None)
 
     def _pack(
@@ -140,6 +141,15 @@ class Call:
         groups = [dumps(_set_apart(c, self.how, number), known, number=number) for c in chunks]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
+
+    def go_inline(self) -> bool:
+        """Send all with the batches from now on; return whether that is new."""
+        if self.all_inline or (self.constants is None and self.keeps is None):
+            return False
+        self.all_inline = True
+        if self.keeps is not None:
+            self.packed = self.keeps[1]
+        return True
 
     def settle(self, start: int, stop: int) -> None:
         """Let go of items whose results are there, if the call is a stream."""

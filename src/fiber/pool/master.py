@@ -10,6 +10,7 @@ whichever thread leads it.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import weakref
 from collections import deque
@@ -530,6 +531,9 @@ class Master:
             self._scheduler.unloadable(number)
             return
         cause = exceptions.decode((whole, text))
+        if _is_lack_of_files(cause) and call.go_inline():
+            self._scheduler.unloadable(number)
+            return
         error = SerializationError(
             f"{call.describe(batch.start)}, or the function, cannot be unpickled by a worker: "
             f"{type(cause).__name__}: {cause}"
@@ -602,6 +606,10 @@ class Master:
         """Return the process IDs of the workers that run."""
         children = [worker.child for worker in self._crew.workers.values()]
         return [child.pid for child in children if child.pid is not None]
+
+
+def _is_lack_of_files(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _kind(function: Any) -> Any:

@@ -52,12 +52,13 @@ class Packer:
         return packed
 
     def share(self, packed: Packed) -> tuple[Packed, Any]:
-        """Return a function as it shall travel, and what keeps it."""
+        """Return a function as it shall travel, and what keeps it, its own pickle included."""
         if weight_of(packed) < LEAST:
             return packed, None
         from fiber.pool.constants import share_function  # not needed to import Fiber
 
-        return share_function(packed, _memory_folder)
+        shared, keeps = share_function(packed, _memory_folder)
+        return shared, (keeps, packed)
 
     def constants_of(self, how: int, items: list[Any]) -> Constants | None:
         """Return what is to be sent once of all that the items have, None if there is nothing."""
