@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,48 @@ def test_without_the_systems_help_all_the_same_holds(
     monkeypatch.setattr(module, name, (lambda *_: True) if name == "_was_written" else False)
     test_what_is_written_stays_here_and_goes_with_the_view(block)
     test_the_owner_may_write_anew_once_a_view_is_over(block)
+
+
+def test_what_was_written_goes_if_no_descriptor_is_left_to_look_for_it(block: Path) -> None:
+    views = Views()
+    view = views.view(str(block), 0, 10, 1)
+    view[:] = b"z" * 10
+    del view
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert tokens(views) == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert bytes(views.view(str(block), 0, 10, 2)) == b"a" * 10
+
+
+def test_what_was_written_is_not_seen_again_if_it_cannot_be_dropped(
+    block: Path, run_script: Callable[..., Any]
+) -> None:
+    program = """
+import ctypes, sys
+from fiber.wire.views import Views
+
+views = Views()
+view = views.view(sys.argv[1], 0, 10, 1)
+view[:] = b"z" * 10
+if ctypes.CDLL(None).mlockall(1):
+    sys.exit("locked memory is not allowed here")
+del view
+print([ended.token for ended in views.collect()], bytes(views.view(sys.argv[1], 0, 10, 2)))
+"""
+    done = run_script(program, str(block))
+    if "not allowed" in done.stderr:
+        pytest.skip("memory cannot be locked here")
+    assert done.stdout == "[1] b'aaaaaaaaaa'\n", done.stderr
+
+
+def test_what_was_written_goes_where_faults_are_not_counted(
+    block: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_faults", lambda: 0)
+    test_what_is_written_stays_here_and_goes_with_the_view(block)
 
 
 def test_files_that_are_not_used_are_let_go(

@@ -161,13 +161,21 @@ class Views:
                 if self._mappings.get(mapping.path) is mapping:
                     if lease.forked and not mapping.views:
                         del self._mappings[mapping.path]
-                    elif lease.faults != _faults():  # to write to a page for the first time is one
-                        for start, size in _written(pages, lease.address, lease.size):
-                            at = lease.offset + start
-                            mapping.memory.madvise(mmap.MADV_DONTNEED, at, size)
+                    # To write to a page for the first time is a fault, but not all systems count.
+                    elif not lease.faults or lease.faults != _faults():
+                        self._drop(lease, pages)
                 ended.append(Ended(lease.token, lease.forked))
         self._limit()
         return ended
+
+    def _drop(self, lease: _Lease, pages: int) -> None:
+        """Drop what was written into a view that is over."""
+        mapping = lease.mapping
+        try:
+            for start, size in _written(pages, lease.address, lease.size):
+                mapping.memory.madvise(mmap.MADV_DONTNEED, lease.offset + start, size)
+        except OSError:  # its pages are locked, by mlockall perhaps: nobody shall see them again
+            del self._mappings[mapping.path]
 
     def _limit(self) -> None:
         """Let go of mappings that were not used for the longest time."""
@@ -226,8 +234,15 @@ def _written(pages: int, address: int, size: int) -> list[tuple[int, int]]:
     """Return which parts of the memory are copies of our own by now, by their start and size.
 
     When in doubt, all of it is.
+
+    Args:
+        pages: a descriptor of /proc/self/pagemap, -1 if that cannot be read.
+        address: where it begins.
+        size: of it.
     """
     whole = -(-size // PAGE) * PAGE
+    if pages < 0:
+        return [(0, whole)]
     try:
         found = _scan(pages, address, whole)
     except OSError:
