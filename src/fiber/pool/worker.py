@@ -93,6 +93,7 @@ def _lending(address: str) -> Lending:
         os.close(folders.hold_memory(folder))  # the session holds it
         return folders.memory_folder(folder)
 
+    # In another place there may be a folder of that name, and it be the session's as well.
     limit = session.memory_limit if near else lambda: 0
     return Lending(Arena(memory, arena_name(os.getpid()), limit))
 
