@@ -256,6 +256,23 @@ def test_memory_is_used_again(pool: fiber.Pool) -> None:
     assert used() <= 8 * SIZE + 2 * 8 * SIZE
 
 
+def wait_for(array: Array, go: Path | None) -> int:
+    if go is not None:
+        wait_until(go.exists)
+    return first(array)
+
+
+def test_an_argument_is_given_back_before_its_batch_is_done(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    arena = session.current().arena
+    with fiber.Pool(1) as pool:
+        result = pool.starmap_async(wait_for, [(make(0), None), (make(1), go)], chunksize=2)
+        wait_until(lambda: arena.lent == SIZE)
+        assert not result.ready()
+        go.touch()
+        assert result.get(PATIENCE) == [0, 1]
+
+
 def test_it_goes_back_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fiber.wire.arena.TICK", 0.05)  # here; workers take their own time
     with fiber.Pool(2) as pool:
@@ -353,6 +370,38 @@ def test_a_fork_of_a_task_sees_its_argument_as_it_was(tmp_path: Path) -> None:
         go.touch()
         wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
         assert out.read_bytes() == bytes([9]) * SIZE
+
+
+def test_a_fork_of_a_task_sees_its_argument_when_its_worker_was_killed(tmp_path: Path) -> None:
+    out, go = tmp_path / "out", tmp_path / "go"
+
+    def leave(array: Array) -> int:
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException):
+                wait_until(go.exists)
+                out.write_bytes(bytes(array.memory))
+            os._exit(0)
+        return keep(array)
+
+    with fiber.Pool(1) as pool:
+        pid = pool.apply(leave, (make(9),))
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: bool(pool.pids()) and pid not in pool.pids())
+        wait_until(lambda: session.current().arena.lent == 0)
+        pool.map(first, [make(1)] * 5)
+        go.touch()
+        wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
+        assert out.read_bytes() == bytes([9]) * SIZE
+
+
+def test_a_worker_that_ends_gives_back_what_it_was_lent() -> None:
+    arena = session.current().arena
+    with fiber.Pool(1) as pool:
+        assert pool.map(first, [make(x) for x in range(4)]) == list(range(4))
+        pool.close()
+        pool.join()
+    assert arena.lent == 0
+    assert arena.backed == used() > 0  # it is there for the next
 
 
 def test_a_fork_of_the_master_sees_results_as_they_were(pool: fiber.Pool) -> None:

@@ -146,6 +146,6 @@ class Lending:
     def gone(self, other: Hashable) -> None:
         """A reader or owner is dead. What was seen of its memory stays as long as it is used."""
         for id in self._loans.pop(other, ()):
-            self.arena.take_back(id)
+            self.arena.take_back(id, forked=True)  # which nobody tells any more
         for path in self._paths.pop(other, ()):
             self._views.forget(path)

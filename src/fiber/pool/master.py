@@ -488,6 +488,7 @@ class Master:
             self._on_results(worker, frame)
         elif frame.kind == protocol.UNLOADABLE:
             self._on_unloadable(worker, frame)
+        del frame  # which has views of the results
         self._act()
 
     def _on_results(self, worker: Worker, frame: Frame) -> None:

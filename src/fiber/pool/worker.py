@@ -223,6 +223,8 @@ class Worker:
                 with self._lock:
                     self._lending.taken_back(None, frame.body)
             elif frame.kind == STOP:
+                with self._lock:
+                    self._give_back()  # or the master must take it that a fork sees it
                 return
 
     def _next(self) -> Frame:
@@ -283,34 +285,39 @@ class Worker:
 
     def _run(self, frame: Frame) -> None:
         head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
+        found: Frame | None = frame
         if frame.kind & LENT:
             with self._lock:
-                seen = self._see(head, frame)
-            if seen is None:
+                found = self._see(head, frame)
+            if found is None:
                 return
-            frame = seen
         self._mark[0] = head.batch
         try:
-            function = self._function(head, frame)
-            data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
-            buffers = frame.buffers[head.function_buffers :]
-            loader = self._constants
-            load = loads if loader is None else loader.loads_for(head.call)
-            items = _load_items(head, data, buffers, load)
-            if len(items) != head.items:
-                raise ValueError(f"{len(items)} items came instead of {head.items}")
+            function, items = self._load(head, found)
         except BaseException as error:
             self._mark[0] = IDLE
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
             return
-        del frame  # which has views of the items
+        del frame, found  # which has views of the items, and they may be over one by one
         job = _Job(head, function, items, self._lend)
         self._begin(job)
         if job.careful:
             self._run_carefully(job)
         else:
             self._run_all(job)
+
+    def _load(self, head: BatchHead, frame: Frame) -> tuple[Callable[..., Any], deque[Any]]:
+        """Return the function and the items of a batch."""
+        function = self._function(head, frame)
+        data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
+        buffers = frame.buffers[head.function_buffers :]
+        loader = self._constants
+        load = loads if loader is None else loader.loads_for(head.call)
+        items = _load_items(head, data, buffers, load)
+        if len(items) != head.items:
+            raise ValueError(f"{len(items)} items came instead of {head.items}")
+        return function, items
 
     def _see(self, head: BatchHead, frame: Frame) -> Frame | None:
         """Return a batch with what was lent; None if it must be sent again. With the lock."""
@@ -375,9 +382,8 @@ class Worker:
         """Send the results up to `done` that were not sent yet. With the lock."""
         if self._lending.ended:
             self._give_back()
-        first, values = job.sent, job.values
-        if first or done < len(values):
-            values = values[first:done]
+        first = job.sent
+        values = job.values[first:done]  # to which the main thread adds meanwhile
         errors = {}
         if job.errors:
             places = [place for place in list(job.errors) if first <= place < done]
