@@ -347,6 +347,31 @@ def test_a_worker_that_cannot_open_files_gets_it_sent() -> None:
         assert session.current().arena.lent == 0
 
 
+def is_array(x: Any) -> bool:
+    return isinstance(x, Array)
+
+
+def test_a_function_that_came_with_what_a_worker_cannot_open_gets_there() -> None:
+    with fiber.Pool(1, initializer=open_no_more_files) as pool:
+        pool.map(is_array, range(1000))  # it is fast: several batches are sent at once
+        items = [make(0), *range(20)]
+        assert pool.map(is_array, items, chunksize=1) == [True] + [False] * 20
+
+
+def test_results_that_cannot_be_copied_cost_no_memory(tmp_path: Path) -> None:
+    from fiber.pool.lending import Lending
+    from fiber.wire.arena import Arena
+
+    arena = Arena(lambda: str(tmp_path), "a")
+    lending = Lending(arena)
+    good, torn = bytes(SIZE), memoryview(bytes(2 * SIZE))[::2]
+    for attempt in (lending.hold, lambda *args: lending.pack(args[0], 1, args[1])):
+        with pytest.raises(BufferError):
+            attempt(None, [good, torn])
+        assert arena.lent == 0
+    arena.close()
+
+
 # Forks and deaths ------------------------------------------------------------------------------
 
 
@@ -388,7 +413,7 @@ def test_a_fork_of_a_task_sees_its_argument_when_its_worker_was_killed(tmp_path:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: bool(pool.pids()) and pid not in pool.pids())
         wait_until(lambda: session.current().arena.lent == 0)
-        pool.map(first, [make(1)] * 5)
+        assert pool.map(first, [make(x) for x in range(5)]) == list(range(5))
         go.touch()
         wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
         assert out.read_bytes() == bytes([9]) * SIZE

@@ -203,6 +203,51 @@ def test_files_that_are_not_used_are_let_go(
     assert [view[0] for view in kept] == [0, 1]
 
 
+def test_there_is_a_bound_on_files_with_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_most_maps", lambda: 3)
+    views = Views()
+    paths = [tmp_path / str(number) for number in range(6)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 2 * PAGE)
+        views.view(str(path), 0, PAGE, path.name)  # those without a view make room
+        views.collect()
+    kept = [views.view(str(path), 0, PAGE, path.name) for path in paths[:3]]
+    with pytest.raises(OSError, match="too many"):
+        views.view(str(paths[3]), 0, PAGE, "3")
+    other = views.view(str(paths[2]), PAGE, PAGE, "more of it")
+    views.forget(str(paths[0]))
+    with pytest.raises(OSError, match="too many"):  # it is still there
+        views.view(str(paths[3]), 0, PAGE, "3")
+    kept.pop(0)
+    assert bytes(views.view(str(paths[3]), 0, 1, "3")) == b"3"
+    assert bytes(other[:1]) == b"2"
+
+
+def test_the_bound_leaves_descriptors_to_others() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, hard), hard))
+    try:
+        assert module._UNTRACKED or module._most_maps() == min(1000, hard) // 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_folder_is_forgotten_with_its_files(tmp_path: Path) -> None:
+    views = Views()
+    paths = [tmp_path / name / "1" for name in ("gone", "gone2")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(bytes(PAGE))
+    kept = [views.view(str(path), 0, PAGE, path.parent.name) for path in paths]
+    views.forget(str(tmp_path / "gone"))
+    assert len(views) == 1
+    kept.clear()
+    assert tokens(views) == ["gone2"]
+    assert not [line for line in maps() if line.endswith(str(paths[0]))]
+
+
 def maps() -> list[str]:
     return Path("/proc/self/maps").read_text().splitlines()
 
