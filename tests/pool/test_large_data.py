@@ -354,8 +354,27 @@ def is_array(x: Any) -> bool:
 def test_a_function_that_came_with_what_a_worker_cannot_open_gets_there() -> None:
     with fiber.Pool(1, initializer=open_no_more_files) as pool:
         pool.map(is_array, range(1000))  # it is fast: several batches are sent at once
-        items = [make(0), *range(20)]
-        assert pool.map(is_array, items, chunksize=1) == [True] + [False] * 20
+        items = [make(0), *range(5000)]
+        assert pool.map(is_array, items) == [True] + [False] * 5000
+
+
+def tick_fast() -> None:
+    from fiber.pool import worker
+
+    worker.TICK = 0.1
+
+
+def test_a_busy_worker_gives_up_what_the_user_has_let_go_of(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with fiber.Pool(1, initializer=tick_fast) as pool:
+        array = pool.apply(make, (1,))
+        busy = pool.apply_async(wait_until, (go.exists,))
+        assert used() > 0
+        del array
+        wait_until(lambda: used() == 0)
+        assert not busy.ready()
+        go.touch()
+        busy.get(PATIENCE)
 
 
 def test_results_that_cannot_be_copied_cost_no_memory(tmp_path: Path) -> None:
