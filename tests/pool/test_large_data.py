@@ -358,6 +358,26 @@ def test_a_function_that_came_with_what_a_worker_cannot_open_gets_there() -> Non
         assert pool.map(is_array, items) == [True] + [False] * 5000
 
 
+def test_a_worker_asks_for_a_function_that_it_has_not_got() -> None:
+    import pickle
+    import socket
+
+    from fiber.pool import protocol
+    from fiber.pool.lending import Lending
+    from fiber.pool.worker import Worker
+    from fiber.wire.arena import Arena
+    from fiber.wire.channel import Channel
+
+    ours, theirs = map(Channel, socket.socketpair())
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        head = protocol.BATCH_HEAD.pack(7, 1, 1, 1, 1, protocol.MAP, False, 0, 0)
+        ours.send(protocol.BATCH, head + pickle.dumps([1]))
+        ours.send(protocol.STOP, b"")
+        Worker(theirs, Lending(Arena(str, "", lambda: 0))).work()
+        (answer,) = ours.read()
+        assert (answer.kind, pickle.loads(answer.body)) == (protocol.STRANGE, 7)
+
+
 def tick_fast() -> None:
     from fiber.pool import worker
 
