@@ -256,6 +256,23 @@ def test_memory_is_used_again(pool: fiber.Pool) -> None:
     assert used() <= 8 * SIZE + 2 * 8 * SIZE
 
 
+def wait_for(array: Array, go: Path | None) -> int:
+    if go is not None:
+        wait_until(go.exists)
+    return first(array)
+
+
+def test_an_argument_is_given_back_before_its_batch_is_done(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    arena = session.current().arena
+    with fiber.Pool(1) as pool:
+        result = pool.starmap_async(wait_for, [(make(0), None), (make(1), go)], chunksize=2)
+        wait_until(lambda: arena.lent == SIZE)
+        assert not result.ready()
+        go.touch()
+        assert result.get(PATIENCE) == [0, 1]
+
+
 def test_it_goes_back_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fiber.wire.arena.TICK", 0.05)  # here; workers take their own time
     with fiber.Pool(2) as pool:
@@ -330,6 +347,70 @@ def test_a_worker_that_cannot_open_files_gets_it_sent() -> None:
         assert session.current().arena.lent == 0
 
 
+def is_array(x: Any) -> bool:
+    return isinstance(x, Array)
+
+
+def test_a_function_that_came_with_what_a_worker_cannot_open_gets_there() -> None:
+    with fiber.Pool(1, initializer=open_no_more_files) as pool:
+        pool.map(is_array, range(1000))  # it is fast: several batches are sent at once
+        items = [make(0), *range(5000)]
+        assert pool.map(is_array, items) == [True] + [False] * 5000
+
+
+def test_a_worker_asks_for_a_function_that_it_has_not_got() -> None:
+    import pickle
+    import socket
+
+    from fiber.pool import protocol
+    from fiber.pool.lending import Lending
+    from fiber.pool.worker import Worker
+    from fiber.wire.arena import Arena
+    from fiber.wire.channel import Channel
+
+    ours, theirs = map(Channel, socket.socketpair())
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        head = protocol.BATCH_HEAD.pack(7, 1, 1, 1, 1, protocol.MAP, False, 0, 0)
+        ours.send(protocol.BATCH, head + pickle.dumps([1]))
+        ours.send(protocol.STOP, b"")
+        Worker(theirs, Lending(Arena(str, "", lambda: 0))).work()
+        (answer,) = ours.read()
+        assert (answer.kind, pickle.loads(answer.body)) == (protocol.STRANGE, 7)
+
+
+def tick_fast() -> None:
+    from fiber.pool import worker
+
+    worker.TICK = 0.1
+
+
+def test_a_busy_worker_gives_up_what_the_user_has_let_go_of(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with fiber.Pool(1, initializer=tick_fast) as pool:
+        array = pool.apply(make, (1,))
+        busy = pool.apply_async(wait_until, (go.exists,))
+        assert used() > 0
+        del array
+        wait_until(lambda: used() == 0)
+        assert not busy.ready()
+        go.touch()
+        busy.get(PATIENCE)
+
+
+def test_results_that_cannot_be_copied_cost_no_memory(tmp_path: Path) -> None:
+    from fiber.pool.lending import Lending
+    from fiber.wire.arena import Arena
+
+    arena = Arena(lambda: str(tmp_path), "a")
+    lending = Lending(arena)
+    good, torn = bytes(SIZE), memoryview(bytes(2 * SIZE))[::2]
+    for attempt in (lending.hold, lambda *args: lending.pack(args[0], 1, args[1])):
+        with pytest.raises(BufferError):
+            attempt(None, [good, torn])
+        assert arena.lent == 0
+    arena.close()
+
+
 # Forks and deaths ------------------------------------------------------------------------------
 
 
@@ -353,6 +434,38 @@ def test_a_fork_of_a_task_sees_its_argument_as_it_was(tmp_path: Path) -> None:
         go.touch()
         wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
         assert out.read_bytes() == bytes([9]) * SIZE
+
+
+def test_a_fork_of_a_task_sees_its_argument_when_its_worker_was_killed(tmp_path: Path) -> None:
+    out, go = tmp_path / "out", tmp_path / "go"
+
+    def leave(array: Array) -> int:
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException):
+                wait_until(go.exists)
+                out.write_bytes(bytes(array.memory))
+            os._exit(0)
+        return keep(array)
+
+    with fiber.Pool(1) as pool:
+        pid = pool.apply(leave, (make(9),))
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: bool(pool.pids()) and pid not in pool.pids())
+        wait_until(lambda: session.current().arena.lent == 0)
+        assert pool.map(first, [make(x) for x in range(5)]) == list(range(5))
+        go.touch()
+        wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
+        assert out.read_bytes() == bytes([9]) * SIZE
+
+
+def test_a_worker_that_ends_gives_back_what_it_was_lent() -> None:
+    arena = session.current().arena
+    with fiber.Pool(1) as pool:
+        assert pool.map(first, [make(x) for x in range(4)]) == list(range(4))
+        pool.close()
+        pool.join()
+    assert arena.lent == 0
+    assert arena.backed == used() > 0  # it is there for the next
 
 
 def test_a_fork_of_the_master_sees_results_as_they_were(pool: fiber.Pool) -> None:

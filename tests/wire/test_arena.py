@@ -88,9 +88,16 @@ def test_there_is_a_bound(memory: Path) -> None:
 
 
 def test_nothing_is_lent_if_nothing_may_be(memory: Path) -> None:
-    arena = Arena(lambda: str(memory), "a", lambda: 0)
+    asked = []
+
+    def folder() -> str:
+        asked.append(1)
+        return str(memory)
+
+    arena = Arena(folder, "a", lambda: 0)
     assert lend(arena, bytes(MB)) is None
-    assert used(memory) == 0
+    assert not asked  # which would make it
+    assert list(memory.iterdir()) == []
     arena.close()
 
 
@@ -136,6 +143,53 @@ def test_what_a_fork_may_see_is_not_written_to_again(memory: Path) -> None:
     arena.tick()
     assert not arena.tick()
     assert arena.backed == arena.lent == 0
+    arena.close()
+
+
+def test_a_fork_keeps_no_more_than_what_it_may_see(memory: Path) -> None:
+    arena = Arena(lambda: str(memory), "a")
+    loans = [lent(arena, bytes([n]) * MB) for n in range(6)]
+    arena.take_back(loans[5].id)
+    arena.take_back(loans[0].id, forked=True)
+    assert arena.backed == used(memory) == 5 * MB
+    arena.take_back(loans[1].id)
+    arena.take_back(loans[2].id, forked=True)
+    assert arena.backed == used(memory) == 4 * MB
+    assert [read(loans[n])[:1] for n in (0, 2, 3, 4)] == [b"\0", b"\2", b"\3", b"\4"]
+    for n in (3, 4):
+        arena.take_back(loans[n].id)
+    assert arena.backed == arena.lent == used(memory) == 0
+    assert not arena.tick()
+    arena.close()
+
+
+def test_a_piece_that_cannot_be_copied_costs_no_memory(memory: Path) -> None:
+    arena = Arena(lambda: str(memory), "a")
+    with pytest.raises(BufferError):
+        arena.lend([memoryview(bytes(2 * MB))[::2]], MB)  # type: ignore[list-item]
+    arena.tick()
+    assert not arena.tick()
+    assert arena.backed == arena.lent == 0
+    arena.close()
+
+
+def test_memory_that_is_full_of_what_is_idle_is_used(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena(lambda: str(memory), "a")
+    loans = [lent(arena, bytes(MB)) for _ in range(4)]
+    for loan in loans[1:]:
+        arena.take_back(loan.id)
+    real = os.posix_fallocate
+
+    def small(fd: int, offset: int, size: int) -> None:
+        if used(memory) + size > 4 * MB:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", small)
+    assert read(lent(arena, b"x" * 2 * MB)) == b"x" * 2 * MB
+    assert read(loans[0]) == bytes(MB)
     arena.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,48 @@ def test_without_the_systems_help_all_the_same_holds(
     test_the_owner_may_write_anew_once_a_view_is_over(block)
 
 
+def test_what_was_written_goes_if_no_descriptor_is_left_to_look_for_it(block: Path) -> None:
+    views = Views()
+    view = views.view(str(block), 0, 10, 1)
+    view[:] = b"z" * 10
+    del view
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert tokens(views) == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert bytes(views.view(str(block), 0, 10, 2)) == b"a" * 10
+
+
+def test_what_was_written_is_not_seen_again_if_it_cannot_be_dropped(
+    block: Path, run_script: Callable[..., Any]
+) -> None:
+    program = """
+import ctypes, sys
+from fiber.wire.views import Views
+
+views = Views()
+view = views.view(sys.argv[1], 0, 10, 1)
+view[:] = b"z" * 10
+if ctypes.CDLL(None).mlockall(1):
+    sys.exit("locked memory is not allowed here")
+del view
+print([ended.token for ended in views.collect()], bytes(views.view(sys.argv[1], 0, 10, 2)))
+"""
+    done = run_script(program, str(block))
+    if "not allowed" in done.stderr:
+        pytest.skip("memory cannot be locked here")
+    assert done.stdout == "[1] b'aaaaaaaaaa'\n", done.stderr
+
+
+def test_what_was_written_goes_where_faults_are_not_counted(
+    block: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_faults", lambda: 0)
+    test_what_is_written_stays_here_and_goes_with_the_view(block)
+
+
 def test_files_that_are_not_used_are_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +201,51 @@ def test_files_that_are_not_used_are_let_go(
         views.collect()
     assert sum(os.path.dirname(line.split()[-1]) == str(tmp_path) for line in maps()) == 5
     assert [view[0] for view in kept] == [0, 1]
+
+
+def test_there_is_a_bound_on_files_with_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_most_maps", lambda: 3)
+    views = Views()
+    paths = [tmp_path / str(number) for number in range(6)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 2 * PAGE)
+        views.view(str(path), 0, PAGE, path.name)  # those without a view make room
+        views.collect()
+    kept = [views.view(str(path), 0, PAGE, path.name) for path in paths[:3]]
+    with pytest.raises(OSError, match="too many"):
+        views.view(str(paths[3]), 0, PAGE, "3")
+    other = views.view(str(paths[2]), PAGE, PAGE, "more of it")
+    views.forget(str(paths[0]))
+    with pytest.raises(OSError, match="too many"):  # it is still there
+        views.view(str(paths[3]), 0, PAGE, "3")
+    kept.pop(0)
+    assert bytes(views.view(str(paths[3]), 0, 1, "3")) == b"3"
+    assert bytes(other[:1]) == b"2"
+
+
+def test_the_bound_leaves_descriptors_to_others() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, hard), hard))
+    try:
+        assert module._UNTRACKED or module._most_maps() == min(1000, hard) // 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_folder_is_forgotten_with_its_files(tmp_path: Path) -> None:
+    views = Views()
+    paths = [tmp_path / name / "1" for name in ("gone", "gone2")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(bytes(PAGE))
+    kept = [views.view(str(path), 0, PAGE, path.parent.name) for path in paths]
+    views.forget(str(tmp_path / "gone"))
+    assert len(views) == 1
+    kept.clear()
+    assert tokens(views) == ["gone2"]
+    assert not [line for line in maps() if line.endswith(str(paths[0]))]
 
 
 def maps() -> list[str]:

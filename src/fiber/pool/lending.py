@@ -12,6 +12,7 @@ A frame with buffers that were lent has `LENT` in its kind and a table before it
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Hashable, Sequence
 
@@ -45,7 +46,7 @@ class Lending:
         self.arena = arena
         self._views = Views()
         self._loans: dict[Hashable, set[int]] = {}  # what others have of ours
-        self._paths: dict[Hashable, set[str]] = {}  # what we have seen of theirs
+        self._folders: dict[Hashable, str] = {}  # of their arenas
         self._unseen: list[tuple[Hashable, int]] = []  # loans that no view was made of
 
     # What we lend ------------------------------------------------------------------------------
@@ -58,6 +59,23 @@ class Lending:
             self._loans.setdefault(reader, set()).add(loan.id)
         return loan
 
+    def hold(self, reader: Hashable, buffers: Sequence[Buffer]) -> list[Buffer | Loan]:
+        """Return the buffers as they are now, for `pack`: lent to `reader`, or copied."""
+        held: list[Buffer | Loan] = []
+        try:
+            held.extend(self.lend(reader, buffer) or bytes(buffer) for buffer in buffers)
+        except BaseException:
+            self._take_back(reader, held)
+            raise
+        return held
+
+    def _take_back(self, reader: Hashable, held: Sequence[Buffer | Loan]) -> None:
+        """Nobody was told of what is lent among these."""
+        for loan in held:
+            if type(loan) is Loan:
+                self._loans[reader].discard(loan.id)
+                self.arena.take_back(loan.id)
+
     def pack(
         self, reader: Hashable, kind: int, buffers: Sequence[Buffer | Loan]
     ) -> tuple[int, Sequence[Buffer]]:
@@ -65,7 +83,11 @@ class Lending:
         table: list[tuple[int, Loan]] = []
         others: list[Buffer] = []
         for place, buffer in enumerate(buffers):
-            loan = buffer if type(buffer) is Loan else self.lend(reader, buffer)  # type: ignore[arg-type]
+            try:
+                loan = buffer if type(buffer) is Loan else self.lend(reader, buffer)  # type: ignore[arg-type]
+            except BaseException:
+                self._take_back(reader, [its for _, its in table])
+                raise
             if loan is not None:
                 table.append((place, loan))
             else:
@@ -118,7 +140,7 @@ class Lending:
                     raise OSError(f"{loan.path} is shorter than was said") from None
             self._unseen.append((owner, loan.id))
             return copy
-        self._paths.setdefault(owner, set()).add(loan.path)
+        self._folders[owner] = os.path.dirname(loan.path)
         return view
 
     @property
@@ -146,6 +168,7 @@ class Lending:
     def gone(self, other: Hashable) -> None:
         """A reader or owner is dead. What was seen of its memory stays as long as it is used."""
         for id in self._loans.pop(other, ()):
-            self.arena.take_back(id)
-        for path in self._paths.pop(other, ()):
-            self._views.forget(path)
+            self.arena.take_back(id, forked=True)  # which nobody tells any more
+        folder = self._folders.pop(other, None)
+        if folder is not None:
+            self._views.forget(folder)

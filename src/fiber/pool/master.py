@@ -484,11 +484,15 @@ class Master:
         if frame.kind == protocol.RETURN:
             self._keeping.taken_back(worker, frame)
         elif frame.kind == protocol.BLIND:
-            self._on_blind(worker, pickle.loads(frame.body))
+            self._keeping.is_blind(worker)
+            self._on_unread(worker, pickle.loads(frame.body))
+        elif frame.kind == protocol.STRANGE:
+            self._on_unread(worker, pickle.loads(frame.body))
         elif frame.kind == protocol.RESULTS:
             self._on_results(worker, frame)
         elif frame.kind == protocol.UNLOADABLE:
             self._on_unloadable(worker, frame)
+        del frame  # which has views of the results
         self._act()
 
     def _on_results(self, worker: Worker, frame: Frame) -> None:
@@ -541,8 +545,8 @@ class Master:
         error.__cause__ = cause
         self._settle_failed(batch, error)
 
-    def _on_blind(self, worker: Worker, number: int) -> None:
-        self._keeping.is_blind(worker)
+    def _on_unread(self, worker: Worker, number: int) -> None:
+        """A worker could not even read a batch: it goes out again, with its function."""
         for batch in self._scheduler.batches_of(worker.id):
             call = self._calls.get(batch.call.id)
             if batch.id == number and call is not None:

@@ -1,7 +1,7 @@
 """What a pool's master and its workers say to each other.
 
     master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, RETURN, STOP ─► worker
-    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, BLIND, RETURN ─ worker
+    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, BLIND, STRANGE, RETURN ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
 the user travels inside them as bytes that were pickled apart, so that what cannot be unpickled
@@ -31,6 +31,7 @@ __all__ = [
     "RETURN",
     "STARMAP",
     "STOP",
+    "STRANGE",
     "UNLOADABLE",
     "UP",
     "BatchHead",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
-MARKS, RETURN, BLIND, CONSTANTS = range(10, 14)
+MARKS, RETURN, BLIND, CONSTANTS, STRANGE = range(10, 15)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -55,6 +56,7 @@ MARKS, RETURN, BLIND, CONSTANTS = range(10, 14)
     CONSTANTS           call, sources; see `pool.constants`
     RETURN              loans that are over; see `pool.lending`
     BLIND               batch, whose buffers cannot be seen where the master has put them
+    STRANGE             batch, whose function did not get here: it came with one that was BLIND
 """
 
 MAP, STARMAP, APPLY = range(3)

@@ -41,6 +41,7 @@ from fiber.pool.protocol import (
     RETURN,
     STARMAP,
     STOP,
+    STRANGE,
     UNLOADABLE,
     UP,
     BatchHead,
@@ -93,8 +94,12 @@ def _lending(address: str) -> Lending:
         os.close(folders.hold_memory(folder))  # the session holds it
         return folders.memory_folder(folder)
 
+    # In another place there may be a folder of that name, and it be the session's as well.
     limit = session.memory_limit if near else lambda: 0
     return Lending(Arena(memory, arena_name(os.getpid()), limit))
+
+
+_Hold = Callable[[Sequence[Buffer]], Sequence[Buffer | Loan]]
 
 
 class _Pickled(NamedTuple):
@@ -104,7 +109,7 @@ class _Pickled(NamedTuple):
     buffers: Sequence[Buffer | Loan]
 
 
-def _pickle(value: object, last: bool, lend: Callable[[Buffer], Loan | None]) -> _Pickled:
+def _pickle(value: object, last: bool, hold: _Hold) -> _Pickled:
     """Pickle a result; its buffers stay where they are only if it is the `last` of its batch."""
     if type(value) is bytearray and len(value) >= LEAST:
         value = Apart(value)
@@ -112,7 +117,7 @@ def _pickle(value: object, last: bool, lend: Callable[[Buffer], Loan | None]) ->
         if last:
             return _Pickled(*dumps(value)[:2])
         packed = dumps(value, apart=LEAST)
-        return _Pickled(packed.data, [lend(buffer) or bytes(buffer) for buffer in packed.buffers])
+        return _Pickled(packed.data, hold(packed.buffers))
     except Exception as error:
         what = f"the result of the task, a {type(value).__name__}, cannot be pickled"
         why = str(error) if isinstance(error, SerializationError) else reason(error)
@@ -135,14 +140,14 @@ class _Job:
         head: BatchHead,
         function: Callable[..., Any],
         items: deque[Any],
-        lend: Callable[[Buffer], Loan | None],
+        hold: _Hold,
     ) -> None:
         self.id = head.batch
         self.how = head.how
         self.careful = head.careful
         self.chunk = head.chunk
         self.function = function
-        self.lend = lend
+        self.hold = hold
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
         self.size = len(items)
         self.values: list[Any] = []
@@ -163,8 +168,8 @@ class _Job:
         else:
             values = (function(item) for item in source)
         # At once, for the next task may change what this one returned.
-        lend = self.lend
-        return (v if type(v) in PLAIN else _pickle(v, not self.items, lend) for v in values)
+        hold = self.hold
+        return (v if type(v) in PLAIN else _pickle(v, not self.items, hold) for v in values)
 
     def fail(self, error: BaseException) -> None:
         """The item after the last value raised `error`."""
@@ -183,7 +188,7 @@ class Worker:
     def __init__(self, channel: Channel, lending: Lending) -> None:
         self._channel = channel
         self._lending = lending
-        self._lend = functools.partial(lending.lend, None)
+        self._hold = functools.partial(lending.hold, None)
         self._inbox: deque[Frame] = deque()
         self._arrived = select.poll()
         self._arrived.register(channel.fileno(), select.POLLIN)
@@ -194,6 +199,7 @@ class Worker:
         self._job: _Job | None = None
         self._mark: list[int] | memoryview = [0]  # see `pool.marks`
         self._batches = 0  # how many were begun
+        self._ticked = time.monotonic()  # when the keeper last had memory given up
         self._lock = threading.Lock()  # sending, the inbox, and the end of a job
         self._keeper: threading.Thread | None = None
         self._bell = threading.Event()  # set while there is something for the keeper to watch
@@ -222,6 +228,8 @@ class Worker:
                 with self._lock:
                     self._lending.taken_back(None, frame.body)
             elif frame.kind == STOP:
+                with self._lock:
+                    self._give_back()  # or the master must take it that a fork sees it
                 return
 
     def _next(self) -> Frame:
@@ -284,32 +292,42 @@ class Worker:
         head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
         if frame.kind & LENT:
             with self._lock:
-                seen = self._see(head, frame)
-            if seen is None:
+                found = self._see(head, frame)
+            if found is None:
                 return
-            frame = seen
+            frame = found
+            del found
+        if not (head.function_size or head.call in self._unloaded or head.call in self._functions):
+            with self._lock:
+                self._send(STRANGE, head.batch)
+            return
         self._mark[0] = head.batch
         try:
-            function = self._function(head, frame)
-            data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
-            buffers = frame.buffers[head.function_buffers :]
-            loader = self._constants
-            load = loads if loader is None else loader.loads_for(head.call)
-            items = _load_items(head, data, buffers, load)
-            if len(items) != head.items:
-                raise ValueError(f"{len(items)} items came instead of {head.items}")
+            function, items = self._load(head, frame)
         except BaseException as error:
             self._mark[0] = IDLE
             with self._lock:
                 self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
             return
-        del frame  # which has views of the items
-        job = _Job(head, function, items, self._lend)
+        del frame  # which has views of the items, and they may be over one by one
+        job = _Job(head, function, items, self._hold)
         self._begin(job)
         if job.careful:
             self._run_carefully(job)
         else:
             self._run_all(job)
+
+    def _load(self, head: BatchHead, frame: Frame) -> tuple[Callable[..., Any], deque[Any]]:
+        """Return the function and the items of a batch."""
+        function = self._function(head, frame)
+        data = memoryview(frame.body)[BATCH_HEAD.size + head.function_size :]
+        buffers = frame.buffers[head.function_buffers :]
+        loader = self._constants
+        load = loads if loader is None else loader.loads_for(head.call)
+        items = _load_items(head, data, buffers, load)
+        if len(items) != head.items:
+            raise ValueError(f"{len(items)} items came instead of {head.items}")
+        return function, items
 
     def _see(self, head: BatchHead, frame: Frame) -> Frame | None:
         """Return a batch with what was lent; None if it must be sent again. With the lock."""
@@ -374,9 +392,8 @@ class Worker:
         """Send the results up to `done` that were not sent yet. With the lock."""
         if self._lending.ended:
             self._give_back()
-        first, values = job.sent, job.values
-        if first or done < len(values):
-            values = values[first:done]
+        first = job.sent
+        values = job.values[first:done]  # to which the main thread adds meanwhile
         errors = {}
         if job.errors:
             places = [place for place in list(job.errors) if first <= place < done]
@@ -441,9 +458,14 @@ class Worker:
                 self._channel.flush()
             while self._arrived.poll(0):
                 self._inbox.extend(self._channel.read())
+            if self._lending.arena.backed and time.monotonic() > self._ticked + TICK:
+                self._ticked = time.monotonic()
+                self._lending.arena.tick()
             for _ in range(len(self._inbox)):
                 frame = self._inbox.popleft()
-                if frame.kind & ~LENT == BATCH:
+                if frame.kind == RETURN:
+                    self._lending.taken_back(None, frame.body)
+                elif frame.kind & ~LENT == BATCH:
                     head = BatchHead._make(BATCH_HEAD.unpack_from(frame.body))
                     if frame.kind & LENT:
                         found = self._see(head, frame)

@@ -69,7 +69,8 @@ class Arena:
         folder: returns the folder for shared memory, made at its first call.
         name: of this arena, in that folder.
         limit: returns the bytes that the blocks may have; None for half of what is free there, but
-            no more than a quarter of this machine's memory. Asked once, at first use.
+            no more than a quarter of this machine's memory. Asked at first use. If it is 0, there
+            need be no folder.
     """
 
     def __init__(
@@ -105,13 +106,17 @@ class Arena:
                 return None
             slab, index = taken
             self._ids += 1
+            start = at = index * slab.capacity
+            try:
+                for piece in pieces:
+                    slab.memory[at : at + len(piece)] = piece
+                    at += len(piece)
+            except BaseException:
+                self._kinds[slab.capacity].idle.append(taken)
+                raise
             self._loans[self._ids] = taken
             slab.lent += 1
             self.lent += slab.capacity
-            start = at = index * slab.capacity
-            for piece in pieces:
-                slab.memory[at : at + len(piece)] = piece
-                at += len(piece)
             return Loan(self._ids, slab.path, start, size)
 
     def take_back(self, id: int, *, forked: bool = False) -> None:
@@ -131,12 +136,19 @@ class Arena:
             kind = self._kinds[slab.capacity]
             if forked and not slab.closing:
                 slab.closing = True
-                kind.idle = [(its, place) for its, place in kind.idle if its is not slab]
                 kind.slabs.remove(slab)
+                idle, kind.idle = kind.idle, [taken for taken in kind.idle if taken[0] is not slab]
+                kind.least_idle = min(kind.least_idle, len(kind.idle))
+                if slab.lent:
+                    for its, place in idle:
+                        if its is slab:
+                            self._empty(slab, place)
             if not slab.closing:
                 kind.idle.append((slab, index))
             elif not slab.lent:
                 self._close(slab)
+            elif not forked:
+                self._empty(slab, index)
 
     def tick(self) -> bool:
         """Give up the blocks that were idle since the last call; return whether any are left."""
@@ -178,18 +190,24 @@ class Arena:
             if not self._own:
                 self._begin()
             if self.backed + capacity > self._limit:
-                for other in self._kinds.values():  # make room for blocks of another size
-                    self._give_up(other, len(other.idle))
+                self._give_up_all()  # to make room for blocks of another size
             if self.backed + capacity > self._limit:
                 return None
-            return self._make(kind, capacity)
+            try:
+                return self._make(kind, capacity)
+            except OSError:  # it is full, perhaps of our own
+                if not self._give_up_all():
+                    raise
+                return self._make(kind, capacity)
         except OSError:
             self._refused_at = monotonic()
             return None
 
     def _begin(self) -> None:
-        folder = self._folder()
         limit = self._asked_limit()
+        if limit == 0:  # to ask for the folder would make it
+            raise OSError("nothing may be lent")
+        folder = self._folder()
         if limit is None:
             about = os.statvfs(folder)
             memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
@@ -219,19 +237,30 @@ class Arena:
         self.backed += capacity
         return slab, index
 
+    def _give_up_all(self) -> bool:
+        """Give up all that is idle; return whether there was anything."""
+        before = self.backed
+        for kind in self._kinds.values():
+            self._give_up(kind, len(kind.idle))
+        return self.backed < before
+
     def _give_up(self, kind: _Kind, count: int) -> None:
         """Give the memory of the `count` oldest idle blocks back to the system."""
         blocks, kind.idle = kind.idle[:count], kind.idle[count:]
         kind.least_idle = min(kind.least_idle, len(kind.idle))
         for slab, index in blocks:
-            with contextlib.suppress(OSError):  # it goes with the file then
-                slab.memory.madvise(_REMOVE, index * slab.capacity, slab.capacity)
-            slab.fresh.append(index)
-            self.backed -= slab.capacity
+            self._empty(slab, index)
         for slab in {slab for slab, _ in blocks}:
             if len(slab.fresh) == slab.count:
                 kind.slabs.remove(slab)
                 self._close(slab)
+
+    def _empty(self, slab: _Slab, index: int) -> None:
+        """Give the memory of a block back that nobody sees."""
+        with contextlib.suppress(OSError):  # it goes with the file then
+            slab.memory.madvise(_REMOVE, index * slab.capacity, slab.capacity)
+        slab.fresh.append(index)
+        self.backed -= slab.capacity
 
     def _close(self, slab: _Slab) -> None:
         self.backed -= (slab.count - len(slab.fresh)) * slab.capacity
@@ -263,7 +292,7 @@ class _Slab:
     Attributes:
         fresh: blocks without memory.
         lent: how many blocks readers have.
-        closing: it goes with the last of these.
+        closing: it goes with the last of these; until then, what a fork may see stays as it is.
     """
 
     __slots__ = ("capacity", "closing", "count", "fresh", "lent", "memory", "path")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import functools
 import mmap
@@ -36,6 +37,7 @@ __all__ = ["Ended", "Views"]
 PAGE = mmap.PAGESIZE
 
 _IDLE_MAPS = 64  # mappings without a view that are kept for the next one
+_MOST_MAPS = 1 << 13  # that have views: the system has a bound on a process's mappings
 _DROPS = sys.platform == "linux"  # elsewhere MADV_DONTNEED is a hint, and what was written stays
 _UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
@@ -89,6 +91,7 @@ class Views:
 
     def __init__(self) -> None:
         self._mappings: dict[str, _Mapping] = {}  # those without a view: the latest is the last
+        self._maps: list[weakref.ref[mmap.mmap]] = []  # some are gone; what is alone is not here
         self._leases: dict[int, _Lease] = {}
         self._gone: deque[_Lease] = deque()
         _all.add(self)
@@ -118,12 +121,12 @@ class Views:
                 before Python 3.13.
 
         Raises:
-            OSError: there is no such file, or it cannot be mapped.
+            OSError: there is no such file, it cannot be mapped, or too many files are.
             ValueError: the file is shorter, or the offset is not that of a page.
         """
         if offset % PAGE:
             raise ValueError(f"a view begins with a page, and {offset} is no multiple of {PAGE}")
-        mapping = _Mapping(path) if alone or not _DROPS else self._mapping(path)
+        mapping = _Mapping(path) if alone else self._mapping(path)
         import ctypes  # here, for a process without large data does not need it
 
         # It is what exports the memory: exactly these bytes, and it can be referred to weakly.
@@ -137,8 +140,22 @@ class Views:
         return memoryview(exporter).cast("B")
 
     def _mapping(self, path: str) -> _Mapping:
-        mapping = self._mappings.pop(path, None) or _Mapping(path)
-        self._mappings[path] = mapping
+        mapping = self._mappings.pop(path, None)
+        if mapping is None:
+            mapping = self._new(path)
+        if _DROPS:
+            self._mappings[path] = mapping
+        return mapping
+
+    def _new(self, path: str) -> _Mapping:
+        most = _most_maps()
+        if len(self._maps) >= most:
+            self._limit(0)
+            self._maps = [ref for ref in self._maps if ref() is not None]
+            if len(self._maps) >= most:
+                raise OSError(errno.EMFILE, "too many files with views", path)
+        mapping = _Mapping(path)
+        self._maps.append(weakref.ref(mapping.memory))
         return mapping
 
     def collect(self) -> list[Ended]:
@@ -161,26 +178,41 @@ class Views:
                 if self._mappings.get(mapping.path) is mapping:
                     if lease.forked and not mapping.views:
                         del self._mappings[mapping.path]
-                    elif lease.faults != _faults():  # to write to a page for the first time is one
-                        for start, size in _written(pages, lease.address, lease.size):
-                            at = lease.offset + start
-                            mapping.memory.madvise(mmap.MADV_DONTNEED, at, size)
+                    # To write to a page for the first time is a fault, but not all systems count.
+                    elif not lease.faults or lease.faults != _faults():
+                        self._drop(lease, pages)
                 ended.append(Ended(lease.token, lease.forked))
-        self._limit()
+        self._limit(_IDLE_MAPS)
         return ended
 
-    def _limit(self) -> None:
-        """Let go of mappings that were not used for the longest time."""
-        if len(self._mappings) > _IDLE_MAPS:
+    def _drop(self, lease: _Lease, pages: int) -> None:
+        """Drop what was written into a view that is over."""
+        mapping = lease.mapping
+        try:
+            for start, size in _written(pages, lease.address, lease.size):
+                mapping.memory.madvise(mmap.MADV_DONTNEED, lease.offset + start, size)
+        except OSError:  # its pages are locked, by mlockall perhaps: nobody shall see them again
+            del self._mappings[mapping.path]
+
+    def _limit(self, most: int) -> None:
+        """Let go of mappings without a view that were not used for the longest time."""
+        if len(self._mappings) > most:
             idle = [path for path, mapping in self._mappings.items() if not mapping.views]
-            for path in idle[:-_IDLE_MAPS]:
+            for path in idle[: max(0, len(idle) - most)]:
                 del self._mappings[path]
 
     def forget(self, path: str) -> None:
-        """Nobody wants to hear of this file any more: keep no mapping of it. Views stay."""
-        self._mappings.pop(path, None)
+        """Nobody wants to hear any more of this file, or of those in this folder.
+
+        No mapping is kept of it. Views stay.
+        """
+
+        def is_meant(its: str) -> bool:
+            return its == path or os.path.dirname(its) == path
+
+        self._mappings = {its: at for its, at in self._mappings.items() if not is_meant(its)}
         leases = list(self._leases.values())
-        self._leases = {id(lease): lease for lease in leases if lease.mapping.path != path}
+        self._leases = {id(lease): lease for lease in leases if not is_meant(lease.mapping.path)}
         for _ in range(len(self._gone)):  # which may grow meanwhile
             lease = self._gone.popleft()
             if id(lease) in self._leases:
@@ -201,6 +233,14 @@ class Views:
         self._leases.clear()
         self._gone.clear()
         self._mappings.clear()
+
+
+def _most_maps() -> int:
+    """Return how many mappings there may be: descriptors are needed for other things as well."""
+    if _UNTRACKED:
+        return _MOST_MAPS
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_MAPS if soft == resource.RLIM_INFINITY else min(_MOST_MAPS, soft // 4)
 
 
 @functools.lru_cache(maxsize=64)
@@ -226,8 +266,15 @@ def _written(pages: int, address: int, size: int) -> list[tuple[int, int]]:
     """Return which parts of the memory are copies of our own by now, by their start and size.
 
     When in doubt, all of it is.
+
+    Args:
+        pages: a descriptor of /proc/self/pagemap, -1 if that cannot be read.
+        address: where it begins.
+        size: of it.
     """
     whole = -(-size // PAGE) * PAGE
+    if pages < 0:
+        return [(0, whole)]
     try:
         found = _scan(pages, address, whole)
     except OSError:
