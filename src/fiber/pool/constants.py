@@ -27,6 +27,7 @@ from fiber.pool.loader import Source, load_function
 from fiber.pool.protocol import STARMAP
 from fiber.runtime import session
 from fiber.runtime.snapshots import Snapshot
+from fiber.wire import pickling
 from fiber.wire.arena import LEAST
 from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Packed, dumps
 
@@ -114,8 +115,12 @@ def constants_of(
     for obj in _common(sample, _DEPTH + (how == STARMAP)):
         session.lend_to([])  # the items keep what has handles among them
         within: dict[int, Any] = {}
+        mark = pickling.carrier.made
         try:
             packed = dumps(obj, known, within=within)
+            if pickling.carrier.made != mark:  # descriptors go to one receiver each
+                pickling.carrier.withdraw(mark)
+                continue
         except (Exception, SystemExit):
             continue  # the items that have it will tell
         finally:
