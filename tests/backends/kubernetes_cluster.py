@@ -157,8 +157,8 @@ def master_image() -> str:
     if subprocess.run(here, check=False, capture_output=True).returncode != 0:
         recipe = f"FROM {IMAGE}\nRUN pip install --quiet cloudpickle cryptography kubernetes\n"
         _run(["docker", "build", "--quiet", "--tag", name, "-"], recipe, 300)
-        # The first node is this Docker; the others have their own.
-        _run(["bash", str(BEDS / "kubernetes" / "load.sh"), name], "", 120)
+    # The first node is this Docker; the others have their own, and may be newer than the image.
+    _run(["bash", str(BEDS / "kubernetes" / "load.sh"), name], "", 120)
     return name
 
 
