@@ -12,7 +12,7 @@ from fiber.runtime import session
 from fiber.served.constant import ServedConstant
 
 SIZE = 8 << 20
-WORKERS = 3
+WORKERS = 2
 fetched = 0  # bytes that were read of what lives in this process
 
 

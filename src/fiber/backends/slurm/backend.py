@@ -252,8 +252,8 @@ class _Life:
         """Cancel what is left; return whether that was possible."""
         which = (f"--user={os.getuid()}", f"--name={self._name}")
         try:
-            with contextlib.suppress(commands.Refused):
-                commands.run("scancel", *which, *commands.KILL, timeout=_CLOSE)
+            with contextlib.suppress(commands.Refused, commands.Away):
+                commands.run("scancel", *which, *commands.KILL, timeout=commands.MOMENT)
             with contextlib.suppress(commands.Refused):
                 commands.run("scancel", *which, timeout=_CLOSE)
         except (commands.Away, StartError):

@@ -212,7 +212,8 @@ class Batch:
         with self._lock:
             todo, self._doomed = [*self._doomed, *keys], []
         for some in _groups(todo):
-            if not (_try("scancel", *commands.KILL, *some) and _try("scancel", *some)):
+            _try("scancel", *commands.KILL, *some, timeout=commands.MOMENT)
+            if not _try("scancel", *some):
                 with self._lock:
                     self._doomed += some
 
@@ -221,10 +222,10 @@ def _groups(keys: Sequence[str]) -> list[Sequence[str]]:
     return [keys[start : start + _ARGUMENTS] for start in range(0, len(keys), _ARGUMENTS)]
 
 
-def _try(*command: str) -> bool:
+def _try(*command: str, timeout: float = commands.PATIENCE) -> bool:
     """Run a command about jobs that may have ended; return whether Slurm was there."""
     try:
-        commands.run(*command)
+        commands.run(*command, timeout=timeout)
     except commands.Refused:
         pass
     except commands.Away:

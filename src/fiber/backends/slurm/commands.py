@@ -17,12 +17,26 @@ from collections.abc import Sequence
 from fiber.backends.slurm import detect
 from fiber.errors import StartError
 
-__all__ = ["KILL", "Away", "Refused", "environment", "run", "step_environment"]
+__all__ = [
+    "KILL",
+    "MOMENT",
+    "PATIENCE",
+    "Away",
+    "Refused",
+    "environment",
+    "run",
+    "step_environment",
+]
 
-KILL = ("--batch", "--signal=USR2")
-"""Options of scancel by which the keepers of batch jobs end what they run: see `keeper`."""
+KILL = ("--state=RUNNING", "--batch", "--signal=USR2")
+"""Options of scancel by which the keepers of batch jobs end what they run: see `keeper`.
 
-_TIMEOUT = 45.0  # seconds: they wait by themselves for half a minute when the controller is away
+For a job that waits scancel would try again for a minute.
+"""
+MOMENT = 5.0
+"""Seconds that this may take; what follows it ends the job in any case."""
+
+PATIENCE = 45.0  # seconds: they wait by themselves for half a minute when the controller is away
 
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
 """What says which cluster it is, and who we are."""
@@ -105,7 +119,7 @@ def step_environment(allocation: str) -> dict[str, str]:
     return found
 
 
-def run(*command: str, text: str | None = None, timeout: float = _TIMEOUT) -> str:
+def run(*command: str, text: str | None = None, timeout: float = PATIENCE) -> str:
     """Run a command of Slurm; return what it wrote to its standard output.
 
     Args:

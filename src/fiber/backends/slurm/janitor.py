@@ -74,7 +74,8 @@ def cancel(name: str) -> None:
         else:
             quiet = 0
             if time.monotonic() < began + GRACE:
-                call("scancel", *which, "--batch", "--signal=USR2")  # see `keeper`
+                running = "--state=RUNNING"  # for one that waits it tries again for a minute
+                call("scancel", *which, running, "--batch", "--signal=USR2")  # see `keeper`
             else:
                 call("scancel", *which, "--full", "--signal=KILL")
             call("scancel", *which)
