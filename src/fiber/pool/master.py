@@ -258,11 +258,12 @@ class Master:
         body = pickle.dumps(call.id)
         size = len(call.packed.data) + sum(map(len, call.packed.buffers))
         told = call.constants.told if call.constants is not None else set()
+        at_once = bool(told) or call.keeps is not None or size > _SMALL
         for number in call.known_by | told:
             worker = self._crew.workers[number]
             worker.knows.discard(call.id)
             if worker.link is not None:
-                tell = worker.link.post if told or size > _SMALL else worker.link.enclose
+                tell = worker.link.post if at_once else worker.link.enclose
                 tell(protocol.FORGET, body)
 
     # What the scheduler asks for ---------------------------------------------------------------
