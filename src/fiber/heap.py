@@ -83,21 +83,11 @@ class Place:
                 needed = number > now
             else:
                 if number not in lives:
-                    lives[number] = _lives(number)
+                    lives[number] = folders.lives(number)
                 needed = lives[number]
             if not needed:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self.path, name))
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 _places: weakref.WeakValueDictionary[str, Place] = weakref.WeakValueDictionary()

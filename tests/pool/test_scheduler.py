@@ -26,7 +26,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
+from fiber.pool.assignments import Batch, Fail, Finish, Retire, Send
+from fiber.pool.scheduler import Scheduler
 
 Item = tuple[int, int]  # call and number
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop
 from fiber.runtime.poller import READ
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
@@ -334,7 +335,8 @@ def test_a_finalizer_of_an_idle_program_is_heard(echo: Echo) -> None:
 PRELUDE = """
 import os, signal, socket, sys, threading, time
 from fiber.runtime import loop as loop_module
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop
 from fiber.wire.channel import Channel
 
 loop = Loop()

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from fiber.errors import AuthenticationError, StartError
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop
 from fiber.wire import channel as channel_module
 from fiber.wire.auth import ListenerHandshake, new_secret
 from fiber.wire.channel import Channel, connect

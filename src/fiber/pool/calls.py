@@ -9,14 +9,26 @@ when the results before them are there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from fiber.errors import SerializationError
 from fiber.pool.protocol import APPLY
 from fiber.pool.source import Source
 from fiber.wire.arena import LEAST
-from fiber.wire.pickling import PLAIN, PROTOCOL, SIZED, Apart, Number, Packed, dumps, is_plain
+from fiber.wire.framing import Buffer
+from fiber.wire.pickling import (
+    PLAIN,
+    PROTOCOL,
+    SIZED,
+    Apart,
+    Number,
+    Packed,
+    dumps,
+    is_plain,
+    loads,
+)
 
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
@@ -109,6 +121,12 @@ class Call:
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
+    @property
+    def kind(self) -> Hashable:
+        """What the function is known by from call to call, without keeping it alive."""
+        function = _innermost(self.function)
+        return getattr(function, "__code__", None) or getattr(function, "__qualname__", None)
+
     def describe(self, item: int) -> str:
         """Name an item, for messages."""
         name = name_of(self.function)
@@ -141,6 +159,25 @@ class Call:
         groups = [dumps(_set_apart(c, self.how, number), known, number=number) for c in chunks]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
+
+    def unpack(
+        self,
+        start: int,
+        packed: Sequence[bytes],
+        buffers: Iterable[Sequence[Buffer]],
+        errors: dict[int, BaseException],
+    ) -> list[Any]:
+        """Unpickle results of items from `start` on; what cannot be goes into `errors`."""
+        values: list[Any] = []
+        for place, its in enumerate(buffers):
+            try:
+                values.append(loads(packed[place], its))
+            except BaseException as error:
+                text = f"the result of {self.describe(start + place)}"
+                errors[place] = SerializationError(f"{text} cannot be unpickled: {error!r}")
+                errors[place].__cause__ = error
+                values.append(None)
+        return values
 
     def go_inline(self) -> bool:
         """Send all with the batches from now on; return whether that is new."""
@@ -188,10 +225,16 @@ def _apart(value: Any, seen: dict[int, Apart], number: Number | None) -> Any:
     return value
 
 
+def _innermost(function: Any) -> Any:
+    """Return what a `functools.partial`, or one of those, calls."""
+    while hasattr(function, "func"):
+        function = function.func
+    return function
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return what people call a function."""
-    while hasattr(function, "func"):  # functools.partial; its arguments may be megabytes
-        function = function.func
+    function = _innermost(function)  # the arguments of a partial may be megabytes
     return getattr(function, "__qualname__", None) or repr(function)
 
 

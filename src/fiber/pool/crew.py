@@ -31,8 +31,9 @@ from fiber.resources import Resources, cpu_count
 from fiber.runtime import main, session
 from fiber.runtime.agents import Agent, Child
 from fiber.runtime.limits import make_room
+from fiber.runtime.link import Link
 from fiber.runtime.logs import DEBUG, INFO, WARNING, log
-from fiber.runtime.loop import Event, Link, Timer
+from fiber.runtime.loop import Event, Timer
 from fiber.wire import exceptions
 from fiber.wire.framing import Frame
 from fiber.wire.pickling import Packed, dumps, loads

@@ -28,6 +28,7 @@ from fiber.errors import (
     WorkerDied,
 )
 from fiber.pool import protocol
+from fiber.pool.assignments import Batch, Fail, Finish, Retire, Send
 from fiber.pool.calls import Call, Options, Sink
 from fiber.pool.crew import Crew, Settings, Worker
 from fiber.pool.elastic import Elastic
@@ -35,7 +36,7 @@ from fiber.pool.keeping import Keeping
 from fiber.pool.lending import LENT
 from fiber.pool.packer import Packer
 from fiber.pool.results import IMapUnorderedIterator
-from fiber.pool.scheduler import Batch, Fail, Finish, Retire, Scheduler, Send
+from fiber.pool.scheduler import Scheduler
 from fiber.pool.source import source_of
 from fiber.pool.stats import PoolStats
 from fiber.process import Process
@@ -45,7 +46,7 @@ from fiber.runtime.logs import WARNING, log
 from fiber.runtime.loop import Event
 from fiber.wire import exceptions
 from fiber.wire.framing import Frame
-from fiber.wire.pickling import Packed, loads, reason
+from fiber.wire.pickling import Packed, reason
 
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
@@ -187,7 +188,7 @@ class Master:
             retries=config.retries if retries is None else retries,
             chunk=call.chunk,
             single=call.timeout is not None,
-            kind=_kind(call.function),
+            kind=call.kind,
             open=items is None,
         )
 
@@ -510,15 +511,7 @@ class Master:
             self._scheduler.weigh(call.id, size / done)  # results take their room as well
         errors = {place: exceptions.decode(error) for place, error in encoded.items()}
         if values is None:
-            values = []
-            for place, buffers in enumerate(protocol.split(frame.buffers, counts)):
-                try:
-                    values.append(loads(packed[place], buffers))
-                except BaseException as error:
-                    text = f"the result of {call.describe(settled[1] + place)}"
-                    errors[place] = SerializationError(f"{text} cannot be unpickled: {error!r}")
-                    errors[place].__cause__ = error
-                    values.append(None)
+            values = call.unpack(settled[1], packed, protocol.split(frame.buffers, counts), errors)
         if call.timeout is not None:
             worker.cancel_item_timer()
         self._deliver(call, settled[1], values, errors)
@@ -615,10 +608,3 @@ class Master:
 
 def _is_lack_of_files(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-
-
-def _kind(function: Any) -> Any:
-    """Return what a function is known by from call to call, without keeping it alive."""
-    while hasattr(function, "func"):  # functools.partial
-        function = function.func
-    return getattr(function, "__code__", None) or getattr(function, "__qualname__", None)

@@ -22,13 +22,23 @@ item was running. That item is charged with the attempt; its batch mates are not
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Iterator
 from itertools import islice
 from math import sqrt
-from typing import NamedTuple
 
-__all__ = ["Action", "Batch", "Fail", "Finish", "Retire", "Scheduler", "Send"]
+from fiber.pool.assignments import (
+    BATCH_ITEMS,
+    Action,
+    Batch,
+    Call,
+    Fail,
+    Finish,
+    Retire,
+    Send,
+    WorkerState,
+)
+
+__all__ = ["Scheduler"]
 
 BATCH_SECONDS = 0.01
 """Seconds of work that a batch should hold."""
@@ -43,145 +53,12 @@ PREFETCH_SECONDS = 0.025
 """Items that take longer are not sent ahead: the round trip costs nothing against them, and one
 that waits behind a slow one could have run elsewhere."""
 
-BATCH_ITEMS = 1 << 14
 BATCH_BYTES = 1 << 20
 _CAREFUL_ITEMS = 64
 _GROWTH = 8  # how many times larger than the last a batch of a call may be
 _KINDS = 256  # whose costs are remembered
 _LOOKED_AT = 16  # calls, at one event
 _COUNTED = 1024  # calls, to judge how much there is to do
-
-
-class Batch:
-    """Items [start, stop) of a call at a worker; `start` moves on as results come.
-
-    Attributes:
-        careful: results are to be reported one by one.
-        slow: the worker reported before its end, so that it takes longer than expected.
-    """
-
-    __slots__ = ("call", "careful", "id", "slow", "start", "stop", "worker")
-
-    def __init__(
-        self, id: int, worker: int, call: Call, start: int, stop: int, careful: bool
-    ) -> None:
-        self.id = id
-        self.worker = worker
-        self.call = call
-        self.start = start
-        self.stop = stop
-        self.careful = careful
-        self.slow = False
-
-    def __repr__(self) -> str:
-        return f"<Batch {self.id}: {self.start}-{self.stop} of {self.call.id} at {self.worker}>"
-
-
-class Call:
-    """What is known of one call.
-
-    Attributes:
-        chunk: items that stay together; 1 unless the user gave a chunksize.
-        single: one item at a time and none ahead: a time-out is measured from the sending.
-        cost: seconds that an item takes, as far as known.
-        kind: calls of the same kind are taken to cost the same.
-        weight: bytes that an item takes, 0 if that is not known.
-        open: more items may come.
-        waiting: items in `ranges`.
-        suspects: ranges of items one of which may have ended a worker.
-        attempts: how often an item surely was the one.
-        largest: the largest batch so far.
-    """
-
-    __slots__ = (
-        "attempts", "chunk", "cost", "id", "kind", "largest", "open", "ranges", "retries", "single",
-        "suspects", "total", "unsettled", "waiting", "weight",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        id: int,
-        retries: int,
-        chunk: int,
-        single: bool,
-        cost: float | None,
-        kind: Hashable,
-        open: bool,
-    ) -> None:
-        self.id = id
-        self.retries = retries
-        self.chunk = chunk
-        self.single = single
-        self.cost = cost
-        self.kind = kind
-        self.weight = 0.0
-        self.open = open
-        self.unsettled = 0
-        self.total = 0
-        self.waiting = 0
-        self.ranges: deque[tuple[int, int]] = deque()
-        self.suspects: deque[tuple[int, int]] = deque()
-        self.attempts: dict[int, int] = {}
-        self.largest = 1 if cost is None else BATCH_ITEMS
-
-    @property
-    def finished(self) -> bool:
-        """Whether all items are settled, and no more can come."""
-        return not self.open and self.unsettled == 0
-
-
-class _Worker:
-    """What is known of one worker.
-
-    Attributes:
-        left: items that it may still take, None without limit.
-        batches: what it has, the running one first.
-        lost: its end is to be expected, and it gets nothing more.
-        ages: how often in a row it was found idle.
-    """
-
-    __slots__ = ("ages", "batches", "id", "left", "lost")
-
-    def __init__(self, id: int, left: int | None) -> None:
-        self.id = id
-        self.left = left
-        self.batches: list[Batch] = []
-        self.lost = False
-        self.ages = 0
-
-
-class Send(NamedTuple):
-    """Send this batch to its worker."""
-
-    batch: Batch
-
-
-class Fail(NamedTuple):
-    """The item killed its workers, the last of them just now, and is not tried again."""
-
-    call: int
-    item: int
-    attempts: int
-    worker: int
-
-
-class Finish(NamedTuple):
-    """All items of the call are settled."""
-
-    call: int
-
-
-class Retire(NamedTuple):
-    """The worker has done what it may do; have it end, and another take its place.
-
-    If it is `needless`, no other: it was idle for long.
-    """
-
-    worker: int
-    needless: bool = False
-
-
-Action = Send | Fail | Finish | Retire
 
 
 class Scheduler:
@@ -192,7 +69,7 @@ class Scheduler:
         self._hungry: dict[int, Call] = {}  # those with items to send, in turn
         self._waiting = 0  # items in their ranges
         self._costs: dict[Hashable, float] = {}  # seconds per item, by kind of call
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerState] = {}
         self._idle: dict[int, None] = {}  # workers with no batch; the last in is the first out
         self._busy: dict[int, None] = {}  # workers with one batch that may take another
         self._batches: dict[int, Batch] = {}
@@ -272,7 +149,7 @@ class Scheduler:
 
     def worker_up(self, worker: int, left: int | None = None) -> None:
         """A worker is ready; it may run `left` items, or any number."""
-        self._workers[worker] = _Worker(worker, left)
+        self._workers[worker] = WorkerState(worker, left)
         self._idle[worker] = None
         self._assign()
 
@@ -504,7 +381,7 @@ class Scheduler:
             if len(self._costs) > _KINDS:
                 del self._costs[next(iter(self._costs))]
 
-    def _offer(self, worker: _Worker) -> None:
+    def _offer(self, worker: WorkerState) -> None:
         """Note whether `worker` may be given more."""
         self._idle.pop(worker.id, None)
         self._busy.pop(worker.id, None)

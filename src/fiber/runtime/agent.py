@@ -47,7 +47,8 @@ from fiber.runtime.agents import (
     TOLD,
 )
 from fiber.runtime.endpoint import HELLO
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop
 from fiber.runtime.poller import READ
 from fiber.runtime.streams import Stream
 from fiber.wire.channel import Channel, connect

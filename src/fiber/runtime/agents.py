@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from fiber.backends.base import Backend, Job, JobSpec, JobState
 from fiber.errors import StartError
+from fiber.runtime.link import Link
 from fiber.runtime.logs import DEBUG, WARNING, log
-from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.loop import Event, Loop, Timer
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame
 

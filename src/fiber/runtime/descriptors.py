@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fiber.errors import AuthenticationError, PeerDied, SerializationError
 from fiber.runtime import session as session_module
 from fiber.runtime.endpoint import HELLO, Endpoint
-from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop, Timer
 from fiber.runtime.places import connect, is_far
 from fiber.wire import pickling
 from fiber.wire.channel import Channel

@@ -31,7 +31,7 @@ from fiber.runtime.agent import Agent, Client
 from fiber.runtime.agents import DIAL, OUTPUT, PING
 from fiber.runtime.endpoint import HELLO, Endpoint
 from fiber.runtime.gateway import Gateway, connect_here
-from fiber.runtime.loop import Link
+from fiber.runtime.link import Link
 from fiber.runtime.reach import Network, Reach
 from fiber.runtime.remote import BEAT, SILENCE
 from fiber.runtime.streams import Stream

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fiber.errors import AuthenticationError
+from fiber.runtime.link import Link
 from fiber.runtime.logs import DEBUG, WARNING, log
-from fiber.runtime.loop import Link, Loop
+from fiber.runtime.loop import Loop
 from fiber.runtime.poller import READ, WRITE
 from fiber.wire.auth import ListenerHandshake
 from fiber.wire.channel import Channel

@@ -13,7 +13,8 @@ import pickle
 
 from fiber.backends.base import JobState, JobStatus
 from fiber.runtime.endpoint import HELLO
-from fiber.runtime.loop import Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Loop
 from fiber.runtime.orders import ASK, JOBS, ORDER, STATUS, STOP, Held, Needs, Told
 from fiber.wire.channel import Channel
 from fiber.wire.framing import Frame

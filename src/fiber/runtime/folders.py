@@ -23,6 +23,7 @@ __all__ = [
     "hold",
     "hold_memory",
     "is_abandoned",
+    "lives",
     "make",
     "memory_folder",
     "remove",
@@ -225,6 +226,17 @@ def is_abandoned(folder: str) -> bool:
         return False
     finally:
         os.close(fd)
+    return True
+
+
+def lives(pid: int) -> bool:
+    """Whether there is a process with this ID."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True
 
 

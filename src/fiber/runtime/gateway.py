@@ -21,7 +21,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fiber.runtime.endpoint import HELLO, Endpoint
-from fiber.runtime.loop import Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Loop
 from fiber.runtime.splice import Splice
 from fiber.wire.channel import connect
 from fiber.wire.framing import HEADER

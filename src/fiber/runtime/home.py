@@ -24,8 +24,9 @@ from collections.abc import Callable, Collection, Sequence
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
+from fiber.runtime.link import Link
 from fiber.runtime.logs import DEBUG, log
-from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.loop import Event, Loop, Timer
 from fiber.wire.blocks import Block, Blocks, Reader, remove
 from fiber.wire.framing import Buffer, Frame
 

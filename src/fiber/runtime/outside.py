@@ -28,8 +28,9 @@ from fiber.resources import Resources
 from fiber.runtime.agents import DIAL
 from fiber.runtime.gateway import Gateway, Refused
 from fiber.runtime.jobs import Jobs, Ticket
+from fiber.runtime.link import Link
 from fiber.runtime.logs import DEBUG, ERROR, log
-from fiber.runtime.loop import Event, Link
+from fiber.runtime.loop import Event
 from fiber.runtime.orders import ASK, JOBS, STATUS, STOP, Held, Needs, Told
 from fiber.runtime.reach import authenticated, open_directly
 from fiber.wire.channel import Channel

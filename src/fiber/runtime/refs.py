@@ -39,7 +39,8 @@ from fiber.runtime.home import (
     Request,
     Served,
 )
-from fiber.runtime.loop import Event, Link, Loop
+from fiber.runtime.link import Link
+from fiber.runtime.loop import Event, Loop
 from fiber.runtime.places import connect, is_here
 from fiber.runtime.session import Session
 from fiber.wire.framing import Buffer, Frame

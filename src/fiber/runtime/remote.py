@@ -32,8 +32,9 @@ from fiber.runtime.agents import (
     Child,
     standard_streams,
 )
+from fiber.runtime.link import Link
 from fiber.runtime.logs import INFO, WARNING, log
-from fiber.runtime.loop import Event, Link, Loop, Timer
+from fiber.runtime.loop import Event, Loop, Timer
 from fiber.runtime.orders import REFUSED, Held
 from fiber.wire.framing import Frame
 

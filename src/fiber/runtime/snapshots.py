@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from fiber.config import config
+from fiber.runtime import folders
 from fiber.wire.framing import Buffer
 from fiber.wire.pickling import Packed
 
@@ -300,7 +301,7 @@ def sweep(folder: str) -> None:
 
 def _sweep(path: str, owner: str | None) -> None:
     if owner is not None:
-        if not _lives(int(owner)):
+        if not folders.lives(int(owner)):
             os.unlink(path)
         return
     fd = os.open(path, os.O_RDWR)
@@ -316,13 +317,3 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
