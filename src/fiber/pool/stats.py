@@ -18,7 +18,7 @@ class PoolStats(NamedTuple):
         done: items that have a result, or an exception of their own.
         failed: items that failed by a worker's death or a time-out.
         died: workers that ended without being asked to.
-        seconds: spent in tasks by all workers together.
+        seconds: spent in tasks by all workers together, without waits for a processor where known.
         minimum, maximum: what `processes` may be: the same if the pool is not elastic.
     """
 

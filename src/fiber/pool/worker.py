@@ -17,6 +17,7 @@ import contextlib
 import functools
 import os
 import pickle
+import resource
 import select
 import threading
 import time
@@ -64,6 +65,10 @@ __all__ = ["run"]
 
 HOLD = 0.02
 """Seconds in one batch after which what waits behind it is given back."""
+
+_THREAD: int | None = getattr(resource, "RUSAGE_THREAD", None)  # Linux has it
+_MANY = 64  # items; if each slept there would be far more than these
+_SLEEPS = 2  # which are the keeper's, for whom the main thread makes way
 
 _CONNECT_TIMEOUT = 30.0
 _LAST_WORDS = 5.0  # seconds that the last results may take to arrive
@@ -155,8 +160,29 @@ class _Job:
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
         self.slow = False  # the master was told before its end that it is not done
-        self.began = time.perf_counter()
+        self.began = 0.0
+        self._before: resource.struct_rusage | None = None
         self._pid = os.getpid()
+
+    def begin(self) -> None:
+        """The main thread runs the first item now."""
+        if _THREAD is not None and self.how != APPLY:
+            self._before = resource.getrusage(_THREAD)
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return what it took since it began, or since the keeper reported; for the main thread.
+
+        That is its processor time if the items did not sleep: how long they waited for a processor,
+        where there are more workers than these, says nothing about them.
+        """
+        wall = time.perf_counter() - self.began
+        if _THREAD is None or self._before is None or self.sent:
+            return wall
+        now, then = resource.getrusage(_THREAD), self._before
+        if now.ru_nvcsw - then.ru_nvcsw > (self.size >= _MANY and _SLEEPS):
+            return wall
+        return min(wall, now.ru_utime - then.ru_utime + now.ru_stime - then.ru_stime)
 
     def results(self) -> Iterator[Any]:
         """Run the items that were not begun, one at each step; an exception ends the iterator."""
@@ -358,6 +384,7 @@ class Worker:
         if self._keeper is None:
             self._keeper = threading.Thread(target=self._keep, name="fiber-keeper", daemon=True)
             self._keeper.start()
+        job.begin()
 
     def _run_all(self, job: _Job) -> None:
         values = job.values
@@ -372,7 +399,7 @@ class Worker:
         with self._lock:
             self._job = None
             if job.sent < len(values):
-                self._report(job, len(values), 0, time.perf_counter() - job.began)
+                self._report(job, len(values), 0, job.seconds())
 
     def _run_carefully(self, job: _Job) -> None:
         values = job.values

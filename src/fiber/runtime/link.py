@@ -20,6 +20,8 @@ from fiber.wire.framing import Frame, FrameError
 
 __all__ = ["Link"]
 
+_LARGE = 1 << 13  # bytes, to pack which takes longer than to send them
+
 
 class Link:
     """A channel in the loop.
@@ -53,11 +55,17 @@ class Link:
         loop.register(channel.fileno(), READ, self._ready)
 
     def post(self, kind: int, body: bytes, buffers: Any = (), fds: Any = ()) -> None:
-        """Send a frame at the end of this turn; into the void if the peer is gone."""
+        """Send a frame at the end of this turn; into the void if the peer is gone.
+
+        A large one goes at once, so that the peer is at work while others get theirs.
+        """
         if self._broken or self.lost:
             return
         self.channel.post(kind, body, buffers, fds)
-        self._loop.send_soon(self)
+        if len(body) < _LARGE:
+            self._loop.send_soon(self)
+        else:
+            self.flush()
 
     def enclose(self, kind: int, body: bytes) -> None:
         """Send a frame along with the next that is posted; on its own it is not worth the way."""
