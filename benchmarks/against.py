@@ -14,6 +14,7 @@ has no figure there.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import io
 import statistics
@@ -43,6 +44,7 @@ def source(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fiber-before-") as folder:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
             archive.extractall(folder, filter="data")
+        compileall.compile_dir(folder, quiet=1)  # as the tree beside it is
         yield Path(folder) / "src"
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiber.errors import SerializationError
-from fiber.wire.pickling import dumps, is_plain, loads
+from fiber.wire.pickling import PLAIN, dumps, kinds_of, loads
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -233,15 +233,16 @@ def test_buffers_with_gaps_are_refused() -> None:
         dumps(pickle.PickleBuffer(memoryview(b"abcdef")[::2]))
 
 
-def test_plain_values_are_known() -> None:
-    assert is_plain([1, 2.0, "a", b"b", None, True, 1j])
-    assert is_plain([])
-    assert not is_plain([1, []])
+def test_kinds_of_values_and_of_arguments_are_known() -> None:
+    assert kinds_of([1, 2.0, "a", b"b", None, True, 1j]) == PLAIN
+    assert kinds_of([(1, "a"), (None,), ()]) == {int, str, type(None)}
+    assert kinds_of([(1,), 2]) == {tuple, int}
+    assert kinds_of([]) == set()
 
     class Number(int):
         pass
 
-    assert not is_plain([Number(1)])
+    assert not kinds_of([1, Number(1)]) <= PLAIN
 
 
 # Functions of `__main__` ------------------------------------------------------------------------

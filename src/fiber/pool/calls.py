@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fiber.errors import SerializationError
@@ -26,7 +25,7 @@ from fiber.wire.pickling import (
     Number,
     Packed,
     dumps,
-    is_plain,
+    kinds_of,
     loads,
 )
 
@@ -84,6 +83,23 @@ class Sink(Protocol):
 class Call:
     """A call that is not finished."""
 
+    # What most calls do without is set where it is needed: calls may be as short as a task.
+
+    source: Source | None = None
+    fed = 0
+    """Items that were read of a stream."""
+    told = 0
+    """Those of them that the scheduler knows: whole chunks."""
+    consumed = 0
+    """Results of a stream that were taken."""
+    iterator: Any = None
+    """A weak reference to who hands out the results of a stream."""
+    constants: Constants | None = None
+    all_inline = False
+    """Whether the constants go with the items after all."""
+    keeps: tuple[Any, Packed] | None = None
+    """What keeps a function that the workers share, and its own pickle."""
+
     def __init__(
         self,
         id: int,
@@ -104,26 +120,15 @@ class Call:
         self.items: list[Any] = []
         self.known_by: set[int] = set()
         """Workers that have the function."""
-        self.source: Source | None = None
-        self.fed = 0
-        """Items that were read of a stream."""
-        self.told = 0
-        """Those of them that the scheduler knows: whole chunks."""
-        self.consumed = 0
-        """Results of a stream that were taken."""
-        self.iterator: Any = None
-        """A weak reference to who hands out the results of a stream."""
-        self.constants: Constants | None = None
-        self.all_inline = False
-        """Whether the constants go with the items after all."""
-        self.keeps: tuple[Any, Packed] | None = None
-        """What keeps a function that the workers share, and its own pickle."""
         self._first = 0  # index of the first of `items`
         self._settled: dict[int, int] = {}  # settled ranges above it
 
     @property
     def kind(self) -> Hashable:
         """What the function is known by from call to call, without keeping it alive."""
+        code = getattr(self.function, "__code__", None)
+        if code is not None:
+            return code  # type: ignore[no-any-return]
         function = _innermost(self.function)
         return getattr(function, "__code__", None) or getattr(function, "__qualname__", None)
 
@@ -142,6 +147,12 @@ class Call:
         As in multiprocessing, only the items of one chunk may share what they refer to: a task that
         changes its argument shall not change that of another which happens to be in its batch.
         """
+        if self.how == APPLY:
+            ((args, kwargs),) = items
+            if bytes in map(type, args):
+                items = [(_apart(args, {}, None), kwargs)]
+            packed = dumps(items, known)
+            return packed.data, list(packed.buffers), 1
         if self.constants is not None and not self.all_inline:
             try:
                 return self._pack(items, known, self.constants.number)
@@ -152,11 +163,14 @@ class Call:
     def _pack(
         self, items: list[Any], known: Container[str] | None, number: Number | None
     ) -> tuple[bytes, list[Any], int]:
-        if len(items) <= self.chunk or is_plain(items):
-            packed = dumps(_set_apart(items, self.how, number), known, number=number)
+        kinds = kinds_of(items)
+        if len(items) <= self.chunk or kinds <= PLAIN:
+            if bytes in kinds or tuple in kinds:
+                items = _set_apart(items, number)
+            packed = dumps(items, known, number=number)
             return packed.data, list(packed.buffers), 1
         chunks = (items[at : at + self.chunk] for at in range(0, len(items), self.chunk))
-        groups = [dumps(_set_apart(c, self.how, number), known, number=number) for c in chunks]
+        groups = [dumps(_set_apart(c, number), known, number=number) for c in chunks]
         data = pickle.dumps([(group.data, len(group.buffers)) for group in groups], PROTOCOL)
         return data, [buffer for group in groups for buffer in group.buffers], len(groups)
 
@@ -199,8 +213,8 @@ class Call:
             self._first = end
 
 
-def _set_apart(items: list[Any], how: int, number: Number | None) -> list[Any]:
-    """Have large bytes among items, or their arguments, travel apart from the pickle of all.
+def _set_apart(items: list[Any], number: Number | None) -> list[Any]:
+    """Have large bytes among items, or what is in these, travel apart from the pickle of all.
 
     What has a number does not travel with them.
     """
@@ -208,8 +222,6 @@ def _set_apart(items: list[Any], how: int, number: Number | None) -> list[Any]:
     if bytes not in kinds and (len(items) > _FEW or tuple not in kinds):
         return items
     seen: dict[int, Apart] = {}  # what is one object arrives as one
-    if how == APPLY:
-        return [(_apart(args, seen, number), kwargs) for args, kwargs in items]
     return [_apart(item, seen, number) for item in items]
 
 
@@ -243,10 +255,7 @@ def need_a_look(items: Sequence[Any]) -> bool:
     if len(items) < 2:
         return False
     sample = items[:: -(-len(items) // LOOKED_AT)]
-    kinds = set(map(type, sample))
-    if kinds == {tuple}:
-        kinds = set(map(type, chain.from_iterable(sample)))
-    return not kinds <= PLAIN - SIZED
+    return not kinds_of(sample) <= PLAIN - SIZED
 
 
 def weight_of(packed: Packed) -> int:

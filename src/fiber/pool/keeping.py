@@ -9,7 +9,7 @@ Who has lent what to whom is in `pool.lending`. All of it within the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from fiber.pool import protocol
@@ -53,9 +53,7 @@ class Keeping:
 
     # What is lent ------------------------------------------------------------------------------
 
-    def pack(
-        self, worker: Worker, kind: int, buffers: list[Buffer]
-    ) -> tuple[int, Sequence[Buffer]]:
+    def pack(self, worker: Worker, kind: int, buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
         """Return the kind and the buffers of a frame for a worker."""
         if not buffers or worker.child.agent.elsewhere or worker.id in self._blind:
             return kind, buffers
@@ -80,7 +78,7 @@ class Keeping:
 
     def give_back(self) -> None:
         """Return to workers what the user has let go of."""
-        if self._lending.ended:
+        if self._lending.used and self._lending.ended:
             for owner, body in self._lending.returns().items():
                 worker = self._workers.get(owner)  # type: ignore[call-overload]
                 if worker is not None:

@@ -40,10 +40,12 @@ class Lending:
 
     Attributes:
         arena: the same.
+        used: whether anything was lent, by us or to us. Until then there is nothing to see to.
     """
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
+        self.used = False
         self._views = Views()
         self._loans: dict[Hashable, set[int]] = {}  # what others have of ours
         self._folders: dict[Hashable, str] = {}  # of their arenas
@@ -56,6 +58,7 @@ class Lending:
         size = len(buffer)
         loan = self.arena.lend([buffer], size) if size >= LEAST else None
         if loan is not None:
+            self.used = True
             self._loans.setdefault(reader, set()).add(loan.id)
         return loan
 
@@ -78,7 +81,7 @@ class Lending:
 
     def pack(
         self, reader: Hashable, kind: int, buffers: Sequence[Buffer | Loan]
-    ) -> tuple[int, Sequence[Buffer]]:
+    ) -> tuple[int, list[Buffer]]:
         """Return the kind and the buffers of a frame for `reader`, with as few bytes as can be."""
         table: list[tuple[int, Loan]] = []
         others: list[Buffer] = []
@@ -113,6 +116,7 @@ class Lending:
         Raises:
             OSError: that cannot be seen; the message says why.
         """
+        self.used = True
         table, *others = frame.buffers
         loans = {place: Loan(*loan) for place, *loan in pickle.loads(table)}
         rest = iter(others)

@@ -138,7 +138,11 @@ class Master:
     ) -> None:
         """Begin a call over `items`."""
         call = self._new_call(function, packed, how, sink, options)
-        call.items, call.constants, call.keeps = items, constants, keeps
+        call.items = items
+        if constants is not None:
+            call.constants = constants
+        if keeps is not None:
+            call.keeps = keeps
         self._schedule(call, len(items), options)
         self._act()
 
@@ -344,9 +348,10 @@ class Master:
             len(function_buffers),
             len(function),
         )
-        all_buffers = [*function_buffers, *buffers]
-        kind, sent = self._keeping.pack(worker, protocol.BATCH, all_buffers)
-        worker.post(kind, head + function + data, sent)
+        kind, apart = protocol.BATCH, [*function_buffers, *buffers]
+        if apart:
+            kind, apart = self._keeping.pack(worker, kind, apart)
+        worker.post(kind, head + function + data, apart)
         if call.timeout is not None:
             when = monotonic() + call.timeout
             worker.item_timer = self.loop.call_at(when, lambda: self._expire(batch, call))
@@ -483,15 +488,15 @@ class Master:
                 log(WARNING, text, worker.child.name, error)
                 worker.kill()  # they will be computed again elsewhere
                 return
-        if frame.kind == protocol.RETURN:
+        if frame.kind == protocol.RESULTS:
+            self._on_results(worker, frame)
+        elif frame.kind == protocol.RETURN:
             self._keeping.taken_back(worker, frame)
         elif frame.kind == protocol.BLIND:
             self._keeping.is_blind(worker)
             self._on_unread(worker, pickle.loads(frame.body))
         elif frame.kind == protocol.STRANGE:
             self._on_unread(worker, pickle.loads(frame.body))
-        elif frame.kind == protocol.RESULTS:
-            self._on_results(worker, frame)
         elif frame.kind == protocol.UNLOADABLE:
             self._on_unloadable(worker, frame)
         del frame  # which has views of the results

@@ -261,7 +261,7 @@ class Worker:
     def _next(self) -> Frame:
         lending = self._lending
         while not self._inbox:
-            if lending.ended:
+            if lending.used and lending.ended:
                 with self._lock:
                     self._give_back()
                     self._channel.flush()
@@ -269,7 +269,7 @@ class Worker:
             patience.begin()
             while patience.looks and not self._arrived.poll(0) and patience.lasts():
                 pass
-            if lending.holding or lending.arena.backed:
+            if lending.used and (lending.holding or lending.arena.backed):
                 self._tidy()
             self._inbox.extend(self._channel.read())
             patience.end()
@@ -417,7 +417,7 @@ class Worker:
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
-        if self._lending.ended:
+        if self._lending.used and self._lending.ended:
             self._give_back()
         first = job.sent
         values = job.values[first:done]  # to which the main thread adds meanwhile

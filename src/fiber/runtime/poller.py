@@ -107,9 +107,8 @@ class Poller:
         patience = self._patience
         patience.begin()
         ready: list[Ready] = []
-        while not ready and patience.looks and patience.lasts():
-            ready = self._poll(0)
-            if not ready:
+        if patience.looks:
+            while not (ready := self._poll(0)) and patience.lasts():
                 _give_way()  # where processors are few, the peer may wait for this one
         if not ready:
             ready = self._poll(timeout)

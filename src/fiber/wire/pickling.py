@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, Protocol
 from fiber.errors import SerializationError
 from fiber.wire.framing import Buffer
 
-__all__ = ["Apart", "Number", "Packed", "dumps", "is_flat", "is_plain", "loads", "pieces", "reason"]
+__all__ = ["Apart", "Number", "Packed", "dumps", "is_flat", "kinds_of", "loads", "pieces", "reason"]
 
 PROTOCOL = 5
 
@@ -75,12 +75,12 @@ class Apart:
         return type(self.value), (pickle.PickleBuffer(self.value),)
 
 
-def is_plain(values: Sequence[object]) -> bool:
-    """Whether all are numbers, strings or None, or all are tuples of these."""
+def kinds_of(values: Sequence[object]) -> set[type]:
+    """Return the types of the values or, if all are tuples, of what is in these."""
     kinds = set(map(type, values))
     if kinds == {tuple}:  # as arguments of starmap are
         kinds = set(map(type, chain.from_iterable(values)))  # type: ignore[arg-type]
-    return kinds <= PLAIN
+    return kinds
 
 
 def is_flat(obj: object) -> bool:
