@@ -32,7 +32,6 @@ from multiprocessing.connection import Connection
 from fiber.backends.base import Job, JobSpec
 from fiber.backends.local import LocalBackend
 from fiber.pool import protocol
-from fiber.pool.worker import HOLD
 from fiber.runtime import folders
 from fiber.runtime.agents import BYE, EXITED, READY, SIGNAL, SPAWN, STARTED
 from fiber.runtime.endpoint import HELLO
@@ -144,6 +143,7 @@ class Batch:
         data = memoryview(frame.body)[protocol.BATCH_HEAD.size + head.function_size :]
         items = loads(data, frame.buffers[head.function_buffers :])
         self.id = head.batch
+        self.overtime = head.hold / 1000
         self.lengths = [item if type(item) is float else 0.0 for item in items]
         self.ends: list[float] = []  # when each item will be done
         self.sent = 0
@@ -241,7 +241,7 @@ class Holder:
             batch.begin(now)
             if batch.ends[-1] > now:
                 worker.batch = batch
-                self._set_timer(worker, batch, now, HOLD)
+                self._set_timer(worker, batch, now, batch.overtime)
                 return
             worker.report(batch.id, len(batch.ends), 0, 1e-6 * len(batch.ends))
 

@@ -601,6 +601,24 @@ def test_long_items_are_for_all_of_a_thousand_workers() -> None:
     assert len({worker for _, worker, *_ in simulation.sent}) == 1_024
 
 
+def test_many_workers_get_more_work_at_a_time_so_that_the_master_keeps_up() -> None:
+    few, many = (
+        sizes(simulate(20_000, 0.005, workers=workers, known=0.005)) for workers in (4, 256)
+    )
+    assert max(few) == 2
+    assert 10 <= max(many) <= 30
+    assert set(many[-256:]) == {1}  # and at the end they share what is left all the same
+
+
+def test_a_worker_with_more_work_may_take_longer_before_it_gives_back() -> None:
+    scheduler = Scheduler()
+    scheduler.worker_up(1)
+    alone = scheduler.hold
+    for worker in range(2, 1_025):
+        scheduler.worker_up(worker)
+    assert 0.01 < alone < 0.1 < scheduler.hold < 5
+
+
 def test_a_function_that_is_known_from_before_starts_with_full_batches() -> None:
     assert sizes(simulate(100_000, 1e-5, known=1e-5))[0] >= 100
 

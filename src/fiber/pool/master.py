@@ -341,6 +341,7 @@ class Master:
             batch.id,
             call.id,
             call.chunk,
+            int(self._scheduler.hold * 1000),
             len(items),
             groups,
             call.how,

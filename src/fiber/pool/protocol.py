@@ -62,7 +62,7 @@ MARKS, RETURN, BLIND, CONSTANTS, STRANGE = range(10, 15)
 MAP, STARMAP, APPLY = range(3)
 """How a function is called: with the item, with its elements, or with (args, kwargs)."""
 
-BATCH_HEAD = struct.Struct("!QQIIIBBIQ")
+BATCH_HEAD = struct.Struct("!QQIIIIBBIQ")
 
 
 class BatchHead(NamedTuple):
@@ -71,6 +71,8 @@ class BatchHead(NamedTuple):
     batch: int
     call: int
     chunk: int
+    hold: int
+    """Milliseconds of the batch after which what waits behind its running item is given back."""
     items: int
     groups: int
     """Pickles that hold them; if there are several, in a list with the numbers of their buffers."""

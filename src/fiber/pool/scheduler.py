@@ -41,7 +41,7 @@ from fiber.pool.assignments import (
 __all__ = ["Scheduler"]
 
 BATCH_SECONDS = 0.01
-"""Seconds of work that a batch should hold."""
+"""Seconds of work that a batch should hold, or more if there are many workers: see `_SHARE`."""
 
 LEAST_SECONDS = 0.0004
 """Seconds of work below which a batch is not split to share what is left."""
@@ -54,6 +54,8 @@ PREFETCH_SECONDS = 0.025
 that waits behind a slow one could have run elsewhere."""
 
 BATCH_BYTES = 1 << 20
+_SHARE = 0.1  # of the master's time, at the most, that handing out such batches should take
+_OVERTIME = 2  # times what a batch should take until the worker gives back what it has not begun
 _CAREFUL_ITEMS = 64
 _GROWTH = 8  # how many times larger than the last a batch of a call may be
 _KINDS = 256  # whose costs are remembered
@@ -285,6 +287,15 @@ class Scheduler:
         found = self._workers.get(worker)
         return list(found.batches) if found is not None else []
 
+    @property
+    def _batch_seconds(self) -> float:
+        return max(BATCH_SECONDS, len(self._workers) * MASTER_SECONDS / _SHARE)
+
+    @property
+    def hold(self) -> float:
+        """Seconds of a batch after which its worker should give back what it has not begun."""
+        return _OVERTIME * self._batch_seconds
+
     def wants(self, call: int) -> int:
         """Return how many more items an open call should have waiting, to keep the workers busy."""
         found = self._calls.get(call)
@@ -429,7 +440,7 @@ class Scheduler:
         """Return how many items of `call` should make a batch while there are plenty."""
         if call.single or call.cost is None:
             return 1
-        size = BATCH_ITEMS if not call.cost else int(BATCH_SECONDS / call.cost)
+        size = BATCH_ITEMS if not call.cost else int(self._batch_seconds / call.cost)
         if call.weight:
             size = min(size, int(BATCH_BYTES / call.weight))
         if not call.retries:

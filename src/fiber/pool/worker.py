@@ -63,10 +63,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-HOLD = 0.02
-"""Seconds in one batch after which what waits behind it is given back."""
-
 _THREAD: int | None = getattr(resource, "RUSAGE_THREAD", None)  # Linux has it
+_SHORT = 1e-3  # seconds of a batch against which a short wait for the next one counts
+
 _MANY = 64  # items; if each slept there would be far more than these
 _SLEEPS = 2  # which are the keeper's, for whom the main thread makes way
 
@@ -151,6 +150,7 @@ class _Job:
         self.how = head.how
         self.careful = head.careful
         self.chunk = head.chunk
+        self.overtime = head.hold / 1000  # seconds
         self.function = function
         self.hold = hold
         self.items = items  # not begun yet; the main thread takes from the left, the keeper right
@@ -219,6 +219,7 @@ class Worker:
         self._arrived = select.poll()
         self._arrived.register(channel.fileno(), select.POLLIN)
         self._patience = Patience()
+        self._took = 0.0  # seconds, the last batch
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unloaded: dict[int, Packed] = {}  # functions that came with batches given back
         self._constants: Loader | None = None
@@ -228,6 +229,7 @@ class Worker:
         self._ticked = time.monotonic()  # when the keeper last had memory given up
         self._lock = threading.Lock()  # sending, the inbox, and the end of a job
         self._keeper: threading.Thread | None = None
+        self._pause = 0.0  # seconds that it leaves the main thread alone with a batch
         self._bell = threading.Event()  # set while there is something for the keeper to watch
 
     def work(self) -> None:
@@ -267,8 +269,9 @@ class Worker:
                     self._channel.flush()
             patience = self._patience
             patience.begin()
-            while patience.looks and not self._arrived.poll(0) and patience.lasts():
-                pass
+            if patience.looks and self._took < _SHORT:
+                while not self._arrived.poll(0) and patience.lasts():
+                    pass
             if lending.used and (lending.holding or lending.arena.backed):
                 self._tidy()
             self._inbox.extend(self._channel.read())
@@ -378,6 +381,7 @@ class Worker:
 
     def _begin(self, job: _Job) -> None:
         self._job = job
+        self._pause = job.overtime
         self._batches += 1
         if not self._bell.is_set():
             self._bell.set()
@@ -398,8 +402,9 @@ class Worker:
         self._mark[0] = IDLE
         with self._lock:
             self._job = None
+            self._took = seconds = job.seconds()
             if job.sent < len(values):
-                self._report(job, len(values), 0, job.seconds())
+                self._report(job, len(values), 0, seconds)
 
     def _run_carefully(self, job: _Job) -> None:
         values = job.values
@@ -446,7 +451,7 @@ class Worker:
 
     def _keep(self) -> None:
         while True:
-            seen, pause = self._batches, HOLD
+            seen, pause = self._batches, self._pause
             time.sleep(pause)
             while self._job is not None and self._batches == seen:
                 try:
