@@ -43,6 +43,9 @@ __all__ = ["Scheduler"]
 BATCH_SECONDS = 0.01
 """Seconds of work that a batch should hold, or more if there are many workers: see `_SHARE`."""
 
+MOST_SECONDS = 1.0
+"""However many there are, for results shall come."""
+
 LEAST_SECONDS = 0.0004
 """Seconds of work below which a batch is not split to share what is left."""
 
@@ -64,7 +67,11 @@ _COUNTED = 1024  # calls, to judge how much there is to do
 
 
 class Scheduler:
-    """See the module. Events change it; `actions` hands out what is to be done."""
+    """See the module. Events change it; `actions` hands out what is to be done.
+
+    Attributes:
+        hold: seconds of a batch after which its worker should give back what it has not begun.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[int, Call] = {}  # unfinished
@@ -77,6 +84,7 @@ class Scheduler:
         self._batches: dict[int, Batch] = {}
         self._batch_ids = 0
         self._actions: list[Action] = []
+        self._size_batches()
 
     # Events ------------------------------------------------------------------------------------
 
@@ -152,6 +160,7 @@ class Scheduler:
     def worker_up(self, worker: int, left: int | None = None) -> None:
         """A worker is ready; it may run `left` items, or any number."""
         self._workers[worker] = WorkerState(worker, left)
+        self._size_batches()
         self._idle[worker] = None
         self._assign()
 
@@ -225,6 +234,7 @@ class Scheduler:
                 begun, or the worker was taken away for reasons of its own.
         """
         gone = self._workers.pop(worker)
+        self._size_batches()
         self._idle.pop(worker, None)
         self._busy.pop(worker, None)
         for place, batch in enumerate(gone.batches):
@@ -287,14 +297,10 @@ class Scheduler:
         found = self._workers.get(worker)
         return list(found.batches) if found is not None else []
 
-    @property
-    def _batch_seconds(self) -> float:
-        return max(BATCH_SECONDS, len(self._workers) * MASTER_SECONDS / _SHARE)
-
-    @property
-    def hold(self) -> float:
-        """Seconds of a batch after which its worker should give back what it has not begun."""
-        return _OVERTIME * self._batch_seconds
+    def _size_batches(self) -> None:
+        handing_out = len(self._workers) * MASTER_SECONDS
+        self._batch_seconds = max(BATCH_SECONDS, min(MOST_SECONDS, handing_out / _SHARE))
+        self.hold = _OVERTIME * self._batch_seconds
 
     def wants(self, call: int) -> int:
         """Return how many more items an open call should have waiting, to keep the workers busy."""
