@@ -31,7 +31,6 @@ from fiber.pool import protocol
 from fiber.pool.assignments import Batch, Fail, Finish, Retire, Send
 from fiber.pool.calls import Call, Options, Sink
 from fiber.pool.crew import Crew, Settings, Worker
-from fiber.pool.elastic import Elastic
 from fiber.pool.keeping import Keeping
 from fiber.pool.lending import LENT
 from fiber.pool.packer import Packer
@@ -50,6 +49,7 @@ from fiber.wire.pickling import Packed, reason
 
 if TYPE_CHECKING:
     from fiber.pool.constants import Constants
+    from fiber.pool.elastic import Elastic
 
 __all__ = ["Master"]
 
@@ -99,6 +99,8 @@ class Master:
         self.packer = Packer(lambda: self._crew.known_names)
         self._elastic: Elastic | None = None
         if settings.least < settings.processes:
+            from fiber.pool.elastic import Elastic  # few pools are
+
             self._elastic = Elastic(self.loop, self._scheduler, self._crew, self._resized)
 
     def begin(self) -> None:
