@@ -370,7 +370,7 @@ def test_a_worker_asks_for_a_function_that_it_has_not_got() -> None:
 
     ours, theirs = map(Channel, socket.socketpair())
     with contextlib.closing(ours), contextlib.closing(theirs):
-        head = protocol.BATCH_HEAD.pack(7, 1, 1, 1, 1, protocol.MAP, False, 0, 0)
+        head = protocol.BATCH_HEAD.pack(7, 1, 1, 20, 1, 1, protocol.MAP, False, 0, 0)
         ours.send(protocol.BATCH, head + pickle.dumps([1]))
         ours.send(protocol.STOP, b"")
         Worker(theirs, Lending(Arena(str, "", lambda: 0))).work()

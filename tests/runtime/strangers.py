@@ -59,7 +59,15 @@ class Live:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+        self._is_complete()
         self.goes_on()
+
+    def _is_complete(self) -> None:
+        """Wait until all workers have connected, who would be among the strangers otherwise."""
+        deadline = time.monotonic() + PATIENCE
+        while self.pool.stats().ready < self.pool.stats().processes:
+            assert time.monotonic() < deadline, "some workers do not come"
+            time.sleep(0.001)
 
     def _work(self) -> None:
         wanted = [math.factorial(n % 50) for n in range(1_000)]
