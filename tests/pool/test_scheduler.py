@@ -575,7 +575,7 @@ def sizes(simulation: Simulation) -> list[int]:
 @pytest.mark.parametrize("cost", [1e-6, 1e-5, 1e-4, 1e-3])
 def test_a_batch_holds_some_milliseconds_of_work(cost: float) -> None:
     typical = sorted(sizes(simulate(200_000, cost)))[-5]
-    assert 0.001 <= typical * cost <= 0.02
+    assert 0.002 <= typical * cost <= 0.04
 
 
 def test_long_items_go_out_one_by_one() -> None:
@@ -605,7 +605,7 @@ def test_many_workers_get_more_work_at_a_time_so_that_the_master_keeps_up() -> N
     few, many = (
         sizes(simulate(20_000, 0.005, workers=workers, known=0.005)) for workers in (4, 256)
     )
-    assert max(few) == 2
+    assert max(few) == 4
     assert 10 <= max(many) <= 30
     assert set(many[-256:]) == {1}  # and at the end they share what is left all the same
 
@@ -616,7 +616,7 @@ def test_a_worker_with_more_work_may_take_longer_before_it_gives_back() -> None:
     alone = scheduler.hold
     for worker in range(2, 1_025):
         scheduler.worker_up(worker)
-    assert 0.01 < alone < 0.1 < scheduler.hold < 5
+    assert 0.02 < alone < 0.1 < scheduler.hold < 5
 
 
 def test_a_function_that_is_known_from_before_starts_with_full_batches() -> None:
@@ -827,7 +827,7 @@ def test_chunks_stay_whole_behind_one_that_did_not_fit() -> None:
     scheduler = Scheduler()
     scheduler.worker_up(1)
     scheduler.worker_up(2, 3)
-    scheduler.submit(1, 100, retries=2, chunk=10, cost=1e-3)
+    scheduler.submit(1, 100, retries=2, chunk=10, cost=2e-3)
     assert {(start, stop) for _, start, stop, _ in sent_by(scheduler)} <= {
         (0, 3),
         (3, 10),

@@ -40,7 +40,7 @@ from fiber.pool.assignments import (
 
 __all__ = ["Scheduler"]
 
-BATCH_SECONDS = 0.01
+BATCH_SECONDS = 0.02
 """Seconds of work that a batch should hold, or more if there are many workers: see `_SHARE`."""
 
 MOST_SECONDS = 1.0
