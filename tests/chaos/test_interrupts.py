@@ -147,9 +147,8 @@ def test_ctrl_c_while_a_process_is_joined(program: Callable[..., Any]) -> None:
     # The child gets the signal as well and says so, as with multiprocessing.
     running = program(
         source("""\
-            process = fiber.Process(target=nap, args=(60,))
+            process = fiber.Process(target=lambda: (say('ready'), nap(60)))
             process.start()
-            say('ready')
             process.join()
             """)
     )
