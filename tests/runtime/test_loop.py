@@ -671,6 +671,22 @@ def test_a_descriptor_that_another_handler_has_closed_is_not_ready_any_more(loop
     assert not loop.failed
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_sent_to_a_peer_that_goes_is_known_to_be_unread(loop: Loop, when: str) -> None:
+    sock, theirs = socket.socketpair()
+    peer, lost = Channel(theirs), Event()
+    with loop:
+        link = Link(loop, Channel(sock), lambda frame: None, lost.set)
+        if when == "after":
+            peer.close()
+        link.post(1, b"to whom?")
+        link.flush()
+        if when == "before":
+            peer.close()
+    assert loop.wait(lost, PATIENCE)
+    assert link.unread
+
+
 def test_frames_keep_their_order_when_a_handler_drains_its_own_link(loop: Loop) -> None:
     """As a home does that has to know all that its users have sent so far."""
     seen: list[int] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fiber.errors import SerializationError
@@ -126,9 +127,6 @@ class Call:
     @property
     def kind(self) -> Hashable:
         """What the function is known by from call to call, without keeping it alive."""
-        code = getattr(self.function, "__code__", None)
-        if code is not None:
-            return code  # type: ignore[no-any-return]
         function = _innermost(self.function)
         return getattr(function, "__code__", None) or getattr(function, "__qualname__", None)
 
@@ -239,7 +237,7 @@ def _apart(value: Any, seen: dict[int, Apart], number: Number | None) -> Any:
 
 def _innermost(function: Any) -> Any:
     """Return what a `functools.partial`, or one of those, calls."""
-    while hasattr(function, "func"):
+    while type(function) is not FunctionType and hasattr(function, "func"):
         function = function.func
     return function
 

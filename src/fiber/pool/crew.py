@@ -397,6 +397,11 @@ class Crew:
             return False
         return self._marks.read(worker.mark) not in (0, batch)
 
+    def was_at(self, worker: Worker, batch: int) -> bool:
+        """Whether a worker that has died is known to have been at an item of this batch."""
+        known = self._marks is not None and worker.mark is not None
+        return known and self._marks.read(worker.mark) == batch  # type: ignore[union-attr,arg-type]
+
     def _on_frame(self, worker: Worker, frame: Frame) -> None:
         if frame.kind == protocol.UP:
             log(DEBUG, "%s is up", worker.child.name)

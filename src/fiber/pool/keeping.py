@@ -78,7 +78,7 @@ class Keeping:
 
     def give_back(self) -> None:
         """Return to workers what the user has let go of."""
-        if self._lending.used and self._lending.ended:
+        if self._lending.ended:
             for owner, body in self._lending.returns().items():
                 worker = self._workers.get(owner)  # type: ignore[call-overload]
                 if worker is not None:

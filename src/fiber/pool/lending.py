@@ -40,12 +40,11 @@ class Lending:
 
     Attributes:
         arena: the same.
-        used: whether anything was lent, by us or to us. Until then there is nothing to see to.
     """
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.used = False
+        self._borrowed = False  # whether anything ever was
         self._views = Views()
         self._loans: dict[Hashable, set[int]] = {}  # what others have of ours
         self._folders: dict[Hashable, str] = {}  # of their arenas
@@ -58,7 +57,6 @@ class Lending:
         size = len(buffer)
         loan = self.arena.lend([buffer], size) if size >= LEAST else None
         if loan is not None:
-            self.used = True
             self._loans.setdefault(reader, set()).add(loan.id)
         return loan
 
@@ -116,7 +114,7 @@ class Lending:
         Raises:
             OSError: that cannot be seen; the message says why.
         """
-        self.used = True
+        self._borrowed = True
         table, *others = frame.buffers
         loans = {place: Loan(*loan) for place, *loan in pickle.loads(table)}
         rest = iter(others)
@@ -150,12 +148,12 @@ class Lending:
     @property
     def holding(self) -> bool:
         """Whether we have, or had until now, something of others."""
-        return bool(self._views or self._unseen)
+        return self._borrowed and bool(self._views or self._unseen)
 
     @property
     def ended(self) -> bool:
         """Whether something can be returned."""
-        return self._views.ended or bool(self._unseen)
+        return self._borrowed and (self._views.ended or bool(self._unseen))
 
     def returns(self) -> dict[Hashable, bytes]:
         """Return, by owner, the bodies of the RETURNs that are due."""

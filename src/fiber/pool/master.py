@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import errno
 import pickle
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -31,12 +29,12 @@ from fiber.pool import protocol
 from fiber.pool.assignments import Batch, Fail, Finish, Retire, Send
 from fiber.pool.calls import Call, Options, Sink
 from fiber.pool.crew import Crew, Settings, Worker
+from fiber.pool.feeding import Feeder
 from fiber.pool.keeping import Keeping
 from fiber.pool.lending import LENT
 from fiber.pool.packer import Packer
 from fiber.pool.results import IMapUnorderedIterator
 from fiber.pool.scheduler import Scheduler
-from fiber.pool.source import source_of
 from fiber.pool.stats import PoolStats
 from fiber.process import Process
 from fiber.resources import Resources
@@ -55,16 +53,6 @@ __all__ = ["Master"]
 
 _IDLE_DEATHS = 10  # for each worker: so many in a row, without any result, are not by chance
 _SMALL = 1 << 16  # bytes of a function that a worker may keep until it hears from us again
-_READ_AHEAD = 1024  # items that a thread reads ahead of what is sent
-
-
-class _Reference(weakref.ref[IMapUnorderedIterator]):
-    """A reference to a stream's iterator; its callback is a method in C.
-
-    A finalizer in Python would swallow the KeyboardInterrupt of a Ctrl-C that comes just then.
-    """
-
-    call = 0
 
 
 class Master:
@@ -84,13 +72,12 @@ class Master:
         self._calls: dict[int, Call] = {}
         self._call_ids = 0
         self._ended: BaseException | None = None  # why it takes no more calls
-        self._dropped: deque[_Reference] = deque()  # iterators that nobody has any more
         self._acting = False
         self._idle_deaths = 0  # of workers in a row, without any result in between
         self._done = self._failed = 0
         self._seconds = 0.0
-        self._streams: dict[int, Call] = {}  # calls whose items come as they are needed
         self._crew = Crew(settings, resources, self)
+        self._feeder = Feeder(self.loop, self._scheduler, self._crew, self._act)
         self._keeping = Keeping(
             session.current(),
             self._crew.workers,
@@ -163,13 +150,9 @@ class Master:
         arrivals = results.bind(self._call_ids + 1)
         call = self._new_call(function, packed, how, arrivals, options)
         call.keeps = keeps
-        call.iterator = _Reference(results, self._dropped.append)
-        call.iterator.call = call.id
-        self._streams[call.id] = call
-        ahead = config.imap_buffer * max(self._crew.target, 1)
-        call.source = source_of(self.loop, iterable, lambda: self._feed(call), ahead)
+        self._feeder.begin(call, results, iterable)
         self._schedule(call, None, options)
-        self._feed(call)
+        self._feeder.feed(call)
 
     def _new_call(
         self,
@@ -198,47 +181,9 @@ class Master:
             open=items is None,
         )
 
-    def _feed(self, call: Call) -> None:
-        """Take items from a stream's source, as far as workers and reader keep up."""
-        source = call.source
-        if source is None or call.id not in self._calls:
-            return
-        wanted = -(-self._scheduler.wants(call.id) // call.chunk) * call.chunk
-        most = min(wanted, self._window(call))
-        if most > 0:
-            items = source.take(most)
-            call.fed += len(items)
-            call.items += items
-            ended = source.ended()
-            new = call.fed - call.told
-            new -= 0 if ended else new % call.chunk
-            call.told += new
-            self._scheduler.extend(call.id, new)
-            if ended:
-                self._scheduler.complete(call.id)
-            self._act()
-
-    def _window(self, call: Call) -> int:
-        """Return how many more items may be read before results are taken."""
-        if self.closing:  # who waits in `join` takes none
-            return _READ_AHEAD
-        workers = max(len(self._crew.workers), 1)
-        batch = self._scheduler.batch_items(call.id)
-        buffer = config.imap_buffer * max(self._crew.target, 1)
-        most = max(buffer, 4 * batch * workers)
-        weight = self._scheduler.weight(call.id)
-        if weight:
-            most = min(most, max(int(config.imap_buffer_mb * 2**20 / weight), 2 * workers))
-        if call.source is not None:
-            call.source.ahead = min(most, _READ_AHEAD)
-        return max(0, max(most, call.chunk) - (call.fed - call.consumed))
-
     def consumed(self, call: int, items: int) -> None:
         """A stream's reader took `items` results."""
-        found = self._calls.get(call)
-        if found is not None:
-            found.consumed += items
-            self._feed(found)
+        self._feeder.consumed(call, items)
 
     def cancel(self, call: int) -> None:
         """Nobody waits for the call any more."""
@@ -249,9 +194,7 @@ class Master:
             self._act()
 
     def _forget(self, call: Call) -> None:
-        self._streams.pop(call.id, None)
-        if call.source is not None:
-            call.source.stop()
+        self._feeder.end(call)
         if call.known_by or call.constants is not None:
             self._tell_to_forget(call)
         if self.closing:
@@ -276,8 +219,8 @@ class Master:
     # What the scheduler asks for ---------------------------------------------------------------
 
     def _act(self) -> None:
-        while self._dropped:
-            self.cancel(self._dropped.popleft().call)
+        while self._feeder.dropped:
+            self.cancel(self._feeder.dropped.popleft().call)
         self._keeping.give_back()
         if self._acting:  # further out, where this is called from, the loop below goes on
             return
@@ -419,7 +362,7 @@ class Master:
         self._done += len(values)
         call.settle(start, start + len(values))
         call.sink.deliver(start, values, errors)
-        self._feed(call)
+        self._feeder.feed(call)
 
     # What the crew tells -----------------------------------------------------------------------
 
@@ -432,16 +375,11 @@ class Master:
         """A worker is ready."""
         self._scheduler.worker_up(worker.id, self.settings.maxtasksperchild)
         self._act()
-        self._feed_all()
-
-    def _feed_all(self) -> None:
-        """There are more workers: streams are read further ahead."""
-        for call in list(self._streams.values()):
-            self._feed(call)
+        self._feeder.feed_all()
 
     def _resized(self) -> None:
         """The crew has got another size, or workers are to go."""
-        self._feed_all()
+        self._feeder.feed_all()
         self._act()
 
     def worker_lost(self, worker: Worker) -> None:
@@ -467,7 +405,8 @@ class Master:
             return False
         first = batches[0]
         # What it was sent last it may not have read.
-        idle = worker.link is not None and worker.link.unread and len(batches) == 1
+        unread = worker.link is not None and worker.link.unread and len(batches) == 1
+        idle = unread and not self._crew.was_at(worker, first.id)
         # It may have had the result of an item, which will run again.
         if first.call.retries and self._crew.is_innocent(worker, first.id):
             idle = True
@@ -561,26 +500,24 @@ class Master:
         """Take no more calls; workers end when what is there is done."""
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
-        self.closing = True
+        self.closing = self._feeder.closing = True
         self._act()
-        for call in list(self._calls.values()):
-            self._feed(call)
+        self._feeder.feed_all()
         self._crew.dismiss()
 
     def terminate(self, error: BaseException | None = None) -> None:
         """End now: what is awaited fails, with `error` if there is one, and workers are ended."""
         if self._ended is None:
             self._ended = PoolClosed("Pool not running")
-        self.closing = True
+        self.closing = self._feeder.closing = True
         if self._elastic is not None:
             self._elastic.stop()
-        self._streams.clear()
         reason = error or PoolTerminated("the pool was terminated")
         calls, self._calls = self._calls, {}
         for call in calls.values():
+            self._feeder.end(call)
+        for call in calls.values():
             self._scheduler.cancel(call.id)
-            if call.source is not None:
-                call.source.stop()
             call.sink.abort(reason)
         self._crew.terminate()
 

@@ -103,6 +103,13 @@ def _lending(address: str) -> Lending:
     return Lending(Arena(memory, arena_name(os.getpid()), limit))
 
 
+def _effort() -> tuple[float, int] | None:
+    """Return this thread's processor time, s, and how often it slept; None if that is not known."""
+    if _THREAD is None:
+        return None
+    return time.thread_time(), resource.getrusage(_THREAD).ru_nvcsw
+
+
 _Hold = Callable[[Sequence[Buffer]], Sequence[Buffer | Loan]]
 
 
@@ -161,13 +168,13 @@ class _Job:
         self.returned = 0  # items that were given back
         self.slow = False  # the master was told before its end that it is not done
         self.began = 0.0
-        self._before: resource.struct_rusage | None = None
+        self._before: tuple[float, int] | None = None  # see `_effort`
         self._pid = os.getpid()
 
     def begin(self) -> None:
         """The main thread runs the first item now."""
-        if _THREAD is not None and self.how != APPLY:
-            self._before = resource.getrusage(_THREAD)
+        if self.how != APPLY:
+            self._before = _effort()
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -177,12 +184,11 @@ class _Job:
         where there are more workers than these, says nothing about them.
         """
         wall = time.perf_counter() - self.began
-        if _THREAD is None or self._before is None or self.sent:
+        now = _effort() if self._before is not None and not self.sent else None
+        if now is None or self._before is None:
             return wall
-        now, then = resource.getrusage(_THREAD), self._before
-        if now.ru_nvcsw - then.ru_nvcsw > (self.size >= _MANY and _SLEEPS):
-            return wall
-        return min(wall, now.ru_utime - then.ru_utime + now.ru_stime - then.ru_stime)
+        worked, slept = now[0] - self._before[0], now[1] - self._before[1]
+        return min(wall, worked) if slept <= (_SLEEPS if self.size >= _MANY else 0) else wall
 
     def results(self) -> Iterator[Any]:
         """Run the items that were not begun, one at each step; an exception ends the iterator."""
@@ -263,7 +269,7 @@ class Worker:
     def _next(self) -> Frame:
         lending = self._lending
         while not self._inbox:
-            if lending.used and lending.ended:
+            if lending.ended:
                 with self._lock:
                     self._give_back()
                     self._channel.flush()
@@ -272,7 +278,7 @@ class Worker:
             if patience.looks and self._took < _SHORT:
                 while not self._arrived.poll(0) and patience.lasts():
                     pass
-            if lending.used and (lending.holding or lending.arena.backed):
+            if lending.holding or lending.arena.backed:
                 self._tidy()
             self._inbox.extend(self._channel.read())
             patience.end()
@@ -422,7 +428,7 @@ class Worker:
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
-        if self._lending.used and self._lending.ended:
+        if self._lending.ended:
             self._give_back()
         first = job.sent
         values = job.values[first:done]  # to which the main thread adds meanwhile

@@ -84,7 +84,7 @@ class Link:
         try:
             sent = self.channel.flush()
         except OSError:
-            self._broken = sent = True
+            self._broken = self.unread = sent = True  # the next read need not say so again
         if sent == self._waits_to_send:
             self._waits_to_send = not sent
             events = READ if sent else READ | WRITE
@@ -111,7 +111,7 @@ class Link:
             self._lose()
             return False
         except (EOFError, OSError) as error:
-            self.unread = isinstance(error, ConnectionResetError)
+            self.unread = self.unread or isinstance(error, ConnectionResetError)
             self._lose()
             return False
         return self._handle()
