@@ -87,6 +87,8 @@ class Worker:
         self.process = process
         self.link: Link | None = None
         self.mark: int | None = None
+        self.latest = 0  # batch that was sent
+        self.unmarked = 0  # the latest before it was told to mark
         self.up = False
         self.stopping = False
         self.knows: set[int] = set()
@@ -384,6 +386,7 @@ class Crew:
         if self._marks is not None and worker.link is not None and near:
             worker.mark = self._marks.take()
             if worker.mark is not None:
+                worker.unmarked = worker.latest
                 worker.post(protocol.MARKS, pickle.dumps((self._marks.path, worker.mark)))
 
     def is_innocent(self, worker: Worker, batch: int) -> bool:
@@ -395,7 +398,9 @@ class Crew:
             return True
         if self._marks is None or worker.mark is None:
             return False
-        return self._marks.read(worker.mark) not in (0, batch)
+        mark = self._marks.read(worker.mark)
+        # If it has not even read that it shall mark, it has begun nothing that was sent after that.
+        return mark != batch if mark else batch > worker.unmarked
 
     def was_at(self, worker: Worker, batch: int) -> bool:
         """Whether a worker that has died is known to have been at an item of this batch."""

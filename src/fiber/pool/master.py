@@ -297,6 +297,7 @@ class Master:
         kind, apart = protocol.BATCH, [*function_buffers, *buffers]
         if apart:
             kind, apart = self._keeping.pack(worker, kind, apart)
+        worker.latest = batch.id
         worker.post(kind, head + function + data, apart)
         if call.timeout is not None:
             when = monotonic() + call.timeout
