@@ -14,6 +14,7 @@ from fiber.runtime.jobs import Jobs
 from fiber.runtime.loop import Event, Loop
 
 PATIENCE = 20.0
+ACCEPTED = JobStatus(JobState.PENDING)
 
 
 class Job:
@@ -36,6 +37,9 @@ class Manager:
         self.killed: list[str] = []
         self.closed = False
         self.refuses: Exception | None = None
+        self.waits = threading.Event()
+        self.answers = threading.Event()
+        self.answers.set()
 
     def submit(self, specs: Sequence[JobSpec]) -> list[Job]:
         if self.refuses is not None:
@@ -54,6 +58,8 @@ class Manager:
         return [job.status for job in jobs]
 
     def wait(self, jobs: Sequence[Job], timeout: float) -> list[JobStatus]:
+        self.waits.set()
+        assert self.answers.wait(PATIENCE)
         with self.changed:
             ended = lambda: any(job.status.state is JobState.ENDED for job in jobs)  # noqa: E731
             self.changed.wait_for(ended, timeout)
@@ -156,7 +162,26 @@ def test_changes_are_told_up_to_the_end(loop: Loop, manager: Manager, jobs: Jobs
     end = JobStatus(JobState.ENDED, exit_code=137, reason="OOMKilled", node="n1")
     manager.set("one", end)
     assert told.wait(ended) == end
-    assert told.statuses == [waiting, JobStatus(JobState.RUNNING, node="n1"), end]
+    assert told.statuses[0] == ACCEPTED
+    assert told.statuses[1:] == [waiting, JobStatus(JobState.RUNNING, node="n1"), end]
+
+
+def test_that_it_is_accepted_is_told_while_the_manager_is_asked_for_others(
+    loop: Loop, manager: Manager, jobs: Jobs
+) -> None:
+    told = Told(loop)
+    manager.answers.clear()
+    with loop:
+        jobs.submit(named("first"), Told(loop))
+    assert manager.waits.wait(PATIENCE)
+    called: list[str] = []
+    with loop:
+        ticket = jobs.submit(
+            named("second"), lambda status: (called.append(ticket.job.id), told(status))
+        )
+    told.wait(lambda status: status == ACCEPTED)
+    assert called == ["second"]
+    manager.answers.set()
 
 
 def test_a_refusal_is_the_end_of_all_that_were_asked_for(
@@ -203,7 +228,7 @@ def test_who_is_killed_is_told_nothing_more(loop: Loop, manager: Manager, jobs: 
     manager.set("killed", JobStatus(JobState.ENDED))
     manager.set("other", JobStatus(JobState.ENDED))
     other.wait(ended)
-    assert not killed.statuses
+    assert killed.statuses in ([], [ACCEPTED])
 
 
 def test_who_is_not_wanted_any_more_is_never_submitted(

@@ -133,6 +133,7 @@ class Jobs:
             for ticket, job in zip(tickets, jobs, strict=True):
                 log(DEBUG, "%s is job %s", self._backend.name, job.id)
                 ticket.job = job
+                self._tell(ticket, ticket.status)  # what it is called: its agent may come first
             self._watched.update(tickets)
             self._changed.notify()
 

@@ -84,6 +84,7 @@ def handles(pool):
 
     # The next ones find it there, also in the place of one that was killed.
     assert isinstance(pool.map(end, [0], retries=0, return_exceptions=True)[0], fiber.WorkerDied)
+    barrier = fiber.Barrier(WORKERS)  # the other breaks if the dead one had not yet let go of it
     found = pool.starmap(use, [(handle, barrier)] * WORKERS, chunksize=1)
     assert {total for _, total in found} == {SIZE >> 12}
     assert SIZE < fetched < SIZE + (1 << 16), fetched
