@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ARRAYS = 64
 CONSTANT = 32_000_000  # numbers of 8 bytes
 USES = 100
+KINDS = 3  # of them
 CALLS = 3  # at least, of those that count as warm
 
 # Executors send tasks singly unless they are told otherwise; so they get the chunks that
@@ -74,9 +75,10 @@ def _calls(adapter: Adapter, seconds: float, call: Callable[[Peer, int, int], fl
 
 
 def constant(case: str, adapter: Adapter, seconds: float) -> Figures:
-    """The time of 100 tasks that read the same large array, and of 100 more, s.
+    """The time of 100 tasks that use the same large array, and of 100 more, s.
 
-    The pool is warm, but for who shares by an initializer: its time begins with a new pool.
+    They read a little of it, or work through all of it ("evaluated"). The pool is warm, but for who
+    shares by an initializer: its time begins with a new pool.
     """
     import numpy as np
 
@@ -84,18 +86,20 @@ def constant(case: str, adapter: Adapter, seconds: float) -> Figures:
 
     assert adapter is not None
     array = np.arange(round(CONSTANT * min(1.0, seconds)), dtype=np.float64)
-    wanted = [tasks.reduce(array) + number for number in range(USES)]
+    task = tasks.evaluate if case == "evaluated" else tasks.use
+    kinds = [task((array, number)) for number in range(KINDS)]
+    wanted = [kinds[number % KINDS] for number in range(USES)]
     chunksize = CHUNK if issubclass(adapter, Executor) else None
     with adapter(WORKERS) as peer:
         warm_up(peer, WORKERS)
         source: Any = array
         for which in ("first", "again"):
             start = clock()
-            if case == "shared" and which == "first":
+            if case != "plain" and which == "first":
                 sharing: Sharing = peer  # type: ignore[assignment]
                 source = sharing.share(array)
-            items = [(source, number) for number in range(USES)]
-            found = peer.map(tasks.use, items, chunksize)
+            items = [(source, number % KINDS) for number in range(USES)]
+            found = peer.map(task, items, chunksize)
             took = clock() - start
             _compare(found, wanted)
             yield f"{case}-{which}", took

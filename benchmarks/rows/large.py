@@ -45,14 +45,16 @@ LARGE = (
     Row(
         "constant",
         "One large array for many tasks",
-        "One array of 256 MB that 100 tasks read, one number of each page, on 2 workers, s: less "
-        "is better. *Argument*: a plain argument of each task of a `map`; executors are told to "
-        "make the chunks that multiprocessing makes. *Shared*: the peer's own way; `fiber.put`, "
+        "One array of 256 MB for 100 tasks, on 2 workers, s: less is better. The tasks read one "
+        "number of each page, or, *evaluated*, compare all numbers with those of a model. "
+        "*Argument*: a plain argument of each task of a `map`; executors are told to make the "
+        "chunks that multiprocessing makes. *Shared*: the peer's own way; `fiber.put`, "
         "multiprocessing's initializer under fork (whose first time begins with a new pool), "
         "`ray.put`, dask's `scatter`. *Again*: the same once more.",
         (
             Case("plain", _twice("plain", "argument"), peers=_WITHOUT_DASK),
             Case("shared", _twice("shared", "shared"), peers=SHARING),
+            Case("evaluated", _twice("evaluated", "shared, evaluated"), peers=SHARING),
         ),
         peers=_ALL,
     ),

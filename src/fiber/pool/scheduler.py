@@ -13,9 +13,9 @@ That is how "one result per item" holds whatever arrives late or twice.
 Items are counted, never held: a call is the numbers 0..n-1, and what is waiting of it is a few
 ranges of them, so that the cost of scheduling is per batch and not per item.
 
-How many items make a batch follows what they take: some milliseconds of work, no more than an equal
-share of what is left. A worker holds one batch running and one waiting, the second only while items
-are short. When a worker dies, the items of its running batch become suspects: they go out again in
+How many items make a batch follows what they take: 40 ms of work, no more than an equal share of
+what is left. A worker holds one batch running and one waiting, the second only while items are
+short. When a worker dies, the items of its running batch become suspects: they go out again in
 careful batches, whose results are reported one by one, so that another death tells exactly which
 item was running. That item is charged with the attempt; its batch mates are not.
 """
@@ -40,7 +40,7 @@ from fiber.pool.assignments import (
 
 __all__ = ["Scheduler"]
 
-BATCH_SECONDS = 0.02
+BATCH_SECONDS = 0.04
 """Seconds of work that a batch should hold, or more if there are many workers: see `_SHARE`."""
 
 MOST_SECONDS = 1.0
