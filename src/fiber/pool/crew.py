@@ -77,6 +77,8 @@ class Worker:
         process: the same, as `active_children` shows it.
         link: to it, once it has connected.
         mark: the place of its mark, if it has one.
+        latest: the last batch that it was sent.
+        unmarked: the last before it was told to mark what it is at.
         up: whether it takes batches.
         stopping: whether it was asked to end.
     """
@@ -87,8 +89,8 @@ class Worker:
         self.process = process
         self.link: Link | None = None
         self.mark: int | None = None
-        self.latest = 0  # batch that was sent
-        self.unmarked = 0  # the latest before it was told to mark
+        self.latest = 0
+        self.unmarked = 0
         self.up = False
         self.stopping = False
         self.knows: set[int] = set()
@@ -399,7 +401,7 @@ class Crew:
         if self._marks is None or worker.mark is None:
             return False
         mark = self._marks.read(worker.mark)
-        # If it has not even read that it shall mark, it has begun nothing that was sent after that.
+        # Who has not even read that it shall mark has begun nothing that was sent after that.
         return mark != batch if mark else batch > worker.unmarked
 
     def was_at(self, worker: Worker, batch: int) -> bool:
