@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import pickle
+import resource
 import signal
 import sys
 import time
@@ -273,6 +274,42 @@ def test_an_item_that_had_its_result_is_not_to_blame(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
         assert result.get(20) == "x" * 30_000_000
         assert pool.stats().died == 5
+
+
+def test_a_worker_that_cannot_mark_what_it_is_at_is_to_blame(tmp_path: Path) -> None:
+    """It would seem to be at nothing, and its item ran again for ever."""
+    log, late, go = tmp_path / "log", tmp_path / "late", tmp_path / "go"
+
+    def begin() -> None:
+        while late.exists() and not go.exists():
+            time.sleep(0.01)
+        os.environ["LOG"] = str(os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        with contextlib.suppress(OSError):
+            while True:
+                os.open(os.devnull, os.O_RDONLY)
+
+    def die() -> None:
+        os.write(int(os.environ["LOG"]), b"begun\n")
+        os._exit(3)
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with fiber.Pool(2, begin, retries=1) as pool:
+        until(lambda: pool.stats().ready == 2)
+        late.touch()
+        os.kill(pool.pids()[0], signal.SIGKILL)  # from the first death on they are to mark
+        until(lambda: pool.stats().died == 1)
+        result = pool.apply_async(die)
+        until(lambda: log.read_text() != "")  # by the other, for all else waits
+        go.touch()
+        with pytest.raises(fiber.WorkerDied, match="2 times"):
+            result.get(20)
+    assert log.read_text() == "begun\n" * 2
 
 
 def test_idle_workers_that_die_are_replaced(pool: fiber.Pool) -> None:

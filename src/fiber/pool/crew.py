@@ -391,6 +391,11 @@ class Crew:
                 worker.unmarked = worker.latest
                 worker.post(protocol.MARKS, pickle.dumps((self._marks.path, worker.mark)))
 
+    def _take_mark(self, worker: Worker) -> None:
+        if self._marks is not None and worker.mark is not None:
+            self._marks.give_back(worker.mark)
+            worker.mark = None
+
     def is_innocent(self, worker: Worker, batch: int) -> bool:
         """Whether a worker that has died is known not to have been at an item of this batch.
 
@@ -421,6 +426,8 @@ class Crew:
         elif frame.kind == protocol.INITIALIZER_FAILED:
             self._write_off(worker)
             self._foreman.crew_failed(exceptions.decode(loads(frame.body)))
+        elif frame.kind == protocol.UNMARKED:
+            self._take_mark(worker)
         else:
             self._foreman.worker_sent(worker, frame)
 
@@ -447,8 +454,7 @@ class Crew:
             if not worker.stopping:
                 self._have_marks()
             self._foreman.worker_down(worker)
-        if self._marks is not None and worker.mark is not None:
-            self._marks.give_back(worker.mark)
+        self._take_mark(worker)
         del self.workers[worker.id]
         self._coming.discard(worker.id)
         if not worker.stopping:

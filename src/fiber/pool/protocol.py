@@ -1,7 +1,7 @@
 """What a pool's master and its workers say to each other.
 
     master ─ INITIALIZE, MARKS, CONSTANTS, BATCH, FORGET, RETURN, STOP ─► worker
-    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, BLIND, STRANGE, RETURN ─ worker
+    master ◄─ UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE, UNMARKED, BLIND, STRANGE, RETURN ─ worker
 
 Bodies are pickled tuples of plain values, but for the most frequent one, BATCH. What belongs to
 the user travels inside them as bytes that were pickled apart, so that what cannot be unpickled
@@ -33,13 +33,14 @@ __all__ = [
     "STOP",
     "STRANGE",
     "UNLOADABLE",
+    "UNMARKED",
     "UP",
     "BatchHead",
     "split",
 ]
 
 INITIALIZE, BATCH, FORGET, STOP, UP, INITIALIZER_FAILED, RESULTS, UNLOADABLE = range(2, 10)
-MARKS, RETURN, BLIND, CONSTANTS, STRANGE = range(10, 15)
+MARKS, RETURN, BLIND, CONSTANTS, STRANGE, UNMARKED = range(10, 16)
 """Kinds of frames.
 
     INITIALIZE          packed (initializer, initargs), or nothing
@@ -53,6 +54,7 @@ MARKS, RETURN, BLIND, CONSTANTS, STRANGE = range(10, 15)
                         buffers, {position: exception}; then buffers
     UNLOADABLE          batch, exception
     MARKS               path, place; see `pool.marks`
+    UNMARKED            -, it cannot mark what it is at
     CONSTANTS           call, sources; see `pool.constants`
     RETURN              loans that are over; see `pool.lending`
     BLIND               batch, whose buffers cannot be seen where the master has put them

@@ -13,7 +13,6 @@ in the socket, so that others can run it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import pickle
@@ -44,6 +43,7 @@ from fiber.pool.protocol import (
     STOP,
     STRANGE,
     UNLOADABLE,
+    UNMARKED,
     UP,
     BatchHead,
     split,
@@ -253,8 +253,7 @@ class Worker:
             elif frame.kind == CONSTANTS:
                 self._learn(frame)
             elif frame.kind == MARKS:
-                with contextlib.suppress(OSError):
-                    self._mark = map_mark(*pickle.loads(frame.body))
+                self._begin_to_mark(frame)
             elif frame.kind == INITIALIZE:
                 if not self._initialize(frame):
                     return
@@ -309,6 +308,13 @@ class Worker:
 
             self._constants = Loader()
         self._constants.tell(*pickle.loads(frame.body))
+
+    def _begin_to_mark(self, frame: Frame) -> None:
+        try:
+            self._mark = map_mark(*pickle.loads(frame.body))
+        except (OSError, ImportError):  # too many files are open perhaps
+            with self._lock:
+                self._send(UNMARKED, None)
 
     def _initialize(self, frame: Frame) -> bool:
         try:
