@@ -1,4 +1,7 @@
-"""Importing fiber is cheap: every process of a session pays for it."""
+"""Importing fiber is cheap, for every process of a session pays for it.
+
+How many milliseconds it takes is the row `import` of the benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-LIMIT_MS = 60
-ROUNDS = 300  # at the most: about half a minute
 HEAVY = {"docker", "google", "kubernetes", "matplotlib", "numpy", "pandas", "rich", "torch"}
+# Of the standard library: what takes milliseconds, and is loaded when it is needed.
+SLOW = {
+    *("asyncio", "concurrent", "dataclasses", "email", "hashlib", "http", "inspect", "json"),
+    *("logging", "random", "shutil", "ssl", "subprocess", "tempfile", "urllib", "uuid", "zipfile"),
+}
 
 
 def run(code: str, pycache: Path) -> str:
@@ -28,24 +34,12 @@ def run(code: str, pycache: Path) -> str:
     return done.stdout
 
 
-def test_import_is_quick(tmp_path: Path) -> None:
-    # From the start of the program proper, so that the interpreter's own start is not in it. The
-    # best of many rounds: a busy machine only ever adds to it, and does so for seconds at a time.
-    # The first round compiles.
-    code = (
-        "import time; start = time.perf_counter(); import fiber\n"
-        "print((time.perf_counter() - start) * 1000)"
-    )
-    run(code, tmp_path)
-    times = [float(run(code, tmp_path))]
-    while min(times) >= LIMIT_MS and len(times) < ROUNDS:
-        times.append(float(run(code, tmp_path)))
-    assert min(times) < LIMIT_MS, f"import fiber took {sorted(times)} ms"
-
-
 def test_import_brings_in_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys; import fiber; print(*{name.split('.')[0] for name in sys.modules})"
-    assert HEAVY.isdisjoint(run(code, tmp_path).split())
+    code = (
+        "import sys; before = set(sys.modules); import fiber\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    assert not (HEAVY | SLOW) & set(run(code, tmp_path).split())
 
 
 @pytest.mark.parametrize("statement", ["import fiber", "from fiber import *"])
