@@ -38,7 +38,9 @@ class Held(NamedTuple):
     Attributes:
         end: ends it.
         ask: has the manager asked how it is, for it has fallen silent.
+        name: returns what the manager calls the job, as far as that is known here, or "".
     """
 
     end: Callable[[], object]
     ask: Callable[[], object]
+    name: Callable[[], str]

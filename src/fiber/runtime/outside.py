@@ -109,11 +109,11 @@ class Outside:
         def make(found: Backend) -> JobSpec:
             return self._spec(found, name, needs, token, owner)
 
-        def heard(status: JobStatus) -> None:
-            told(status, ticket.job.id if ticket.job is not None else "")
+        def called() -> str:
+            return ticket.job.id if ticket.job is not None else ""
 
-        ticket: Ticket = jobs.submit(make, heard)
-        return Held(lambda: jobs.kill(ticket), lambda: jobs.ask(ticket))
+        ticket: Ticket = jobs.submit(make, lambda status: told(status, called()))
+        return Held(lambda: jobs.kill(ticket), lambda: jobs.ask(ticket), called)
 
     def _spec(self, backend: Backend, name: str, needs: Needs, token: str, owner: str) -> JobSpec:
         """Describe a job; in the thread that submits it."""

@@ -139,8 +139,7 @@ class RemoteAgent(Agent):
         self._beat = self._loop.call_later(BEAT, self._beats)
 
     def _job_changed(self, status: JobStatus, job: str) -> None:
-        if job and not self.where:
-            self.where = self.name = f"{self._kind} {job}"
+        self._named(job)
         before, self.status = self.status, status
         if self.error is not None:
             return
@@ -156,6 +155,11 @@ class RemoteAgent(Agent):
                 self._fail_in(config.start_timeout, "was not ready in time (start_timeout)")
         elif status.state is JobState.PENDING and status.reason:
             self._report(status)
+
+    def _named(self, job: str) -> None:
+        """Its manager calls it so now: Slurm gives a step its number when it begins."""
+        if job:
+            self.where = self.name = f"{self._kind} {job}"
 
     def _report(self, status: JobStatus) -> None:
         """Tell people what a job waits for, when that is new and now and then.
@@ -201,6 +205,8 @@ class RemoteAgent(Agent):
     def _on_ready(self, facts: dict[str, Any]) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+        if self._held is not None:
+            self._named(self._held.name())  # its processes may end before its status is told
         self.on_ready(self.place, facts["gateway"], self.dial)
         if facts["report"] and facts["error"] is None:  # an error has it at its end
             _warn_once(facts["report"])
