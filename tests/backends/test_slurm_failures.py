@@ -126,7 +126,11 @@ def fail(site: Slurm) -> Iterator[Callable[[str], None]]:
             env={key: value for key, value in os.environ.items() if key != "TESTS_OF_FIBER"},
             start_new_session=True,
         )
-        slurm("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
+        # Else Slurm takes up to two minutes until it asks again whether jobs have ended there that
+        # were cancelled in its absence.
+        change = ("scontrol", "update", f"NodeName={name}")
+        slurm(*change, "State=DOWN", "Reason=test", check=False)
+        slurm(*change, "State=RESUME", check=False)
         until(functools.partial(_is_back, name), f"{name} is back", 60)
 
 
