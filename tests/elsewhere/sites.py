@@ -47,12 +47,18 @@ CORE = frozenset(
 """The tests for each way to have processes on an engine; one of its ways runs all."""
 
 
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Return what `condition` returns when it is true; fail if that takes too long."""
+def until(
+    condition: Callable[[], Any], what: str | Callable[[], str], patience: float = PATIENCE
+) -> Any:
+    """Return what `condition` returns when it is true; fail if that takes too long.
+
+    `what` says what was waited for, or returns it when it did not come.
+    """
     deadline = time.monotonic() + patience
     while not (found := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"after {patience:g} s still not: {what}")
+            text = what if isinstance(what, str) else what()
+            pytest.fail(f"after {patience:g} s still not: {text}")
         time.sleep(0.05)
     return found
 
@@ -269,7 +275,7 @@ class Site(ABC):
 
     def leaves_nothing(self, patience: float = 30.0) -> None:
         """Fail unless all is gone in time."""
-        until(lambda: not self.left(), f"{self.left()} gone", patience)
+        until(lambda: not self.left(), lambda: f"{self.left()} gone", patience)
 
 
 class Docker(Site):
