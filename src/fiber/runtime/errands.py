@@ -41,14 +41,7 @@ class Errands:
     ) -> Held:
         """As `Outside.order`."""
         number = next(self._numbers)
-        called = ""
-
-        def hear(status: JobStatus, job: str) -> None:
-            nonlocal called
-            called = job or called
-            told(status, job)
-
-        self._told[number] = hear
+        self._told[number] = told
         order = (number, backend, name, needs, token, owner)
         self._link.post(ORDER, pickle.dumps(order))
 
@@ -60,7 +53,7 @@ class Errands:
             if number in self._told:
                 self._link.post(ASK, pickle.dumps((number,)))
 
-        return Held(stop, ask, lambda: called)
+        return Held(stop, ask, lambda: "")
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind == STATUS:

@@ -38,7 +38,7 @@ class Held(NamedTuple):
     Attributes:
         end: ends it.
         ask: has the manager asked how it is, for it has fallen silent.
-        name: returns what the manager calls the job, as far as that is known here, or "".
+        name: returns what the manager calls the job now; "" if no more is known than was told.
     """
 
     end: Callable[[], object]
