@@ -19,6 +19,7 @@ import gc
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -41,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "TESTS_OF_FIBER"
 RUN = f"{os.getpid()}-{time.time_ns()}"
 PATIENCE = 5.0
+# Who made a block of shared memory: fiber-<uid>-<pid>-..., tests-<pid>, torch_<pid>_...
+MAKER = re.compile(r"(?:fiber-\w+-|tests-|torch_)(\d+)(?!\d)")
 # Read before the fixture that clears FIBER_ variables.
 REQUIRED = {name for name in os.environ.get("FIBER_TEST_ENGINES", "").split(",") if name}
 DOCKER_SOCKET = "/var/run/docker.sock"
@@ -59,6 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = None
     config.add_cleanup(lambda: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True))
     config.add_cleanup(lambda: [_kill(pid) for pid in _processes()])
+    # What a shell runs in the background ignores these, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     # multiprocessing, which some tests compare with, keeps this process and its pipe for good.
     resource_tracker.ensure_running()
 
@@ -132,13 +138,11 @@ def _shared_memory() -> dict[object, str]:
 
 
 def _of_others(name: str) -> bool:
-    """Whether a name tells of a living process (fiber-<uid>-<pid>-...) that is none of this run."""
+    """Whether a name tells of a living process that is none of this run."""
     if name.startswith("sem.mp-"):  # a semaphore of multiprocessing, which Fiber has none of
         return True
-    parts = name.split("-")
-    if len(parts) < 3 or not parts[2].isdecimal():
-        return False
-    pid = int(parts[2])
+    told = MAKER.match(name)
+    pid = int(told[1]) if told else os.getpid()
     return pid != os.getpid() and psutil.pid_exists(pid) and pid not in _marked()
 
 

@@ -387,6 +387,8 @@ def master_pod(namespace: Namespace) -> Callable[..., Any]:
     return start
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # it may be the first, which makes the image; and its waits add up
 def test_a_master_in_a_pod(namespace: Namespace, master_pod: Callable[..., Any]) -> None:
     report = master_pod(WORKER, "time.sleep(300)")
     own = core().read_namespaced_pod("master", namespace.name)
