@@ -217,6 +217,13 @@ class Pool(RuleBasedStateMachine):
         worker, batch = data.draw(st.sampled_from(self.running()))
         self.report(worker, batch, batch.stop - batch.start, 0, seconds)
 
+    @precondition(lambda self: bool(self.running()))
+    @rule(data=st.data())
+    def progress_of_a_call_that_is_just_cancelled(self, data: st.DataObject) -> None:
+        """What was to be sent is not: nobody wants it any more."""
+        worker, batch = data.draw(st.sampled_from(self.running()))
+        self.report(worker, batch, batch.stop - batch.start, 0, 1e-4, cancel=True)
+
     @precondition(lambda self: any(len(w.batches) > 1 for w in self.workers.values()))
     @rule(data=st.data())
     def hand_back_what_waits(self, data: st.DataObject) -> None:
@@ -226,7 +233,14 @@ class Pool(RuleBasedStateMachine):
         self.report(worker, batch, 0, batch.stop - batch.start, 0.0)
 
     def report(
-        self, worker: ModelWorker, batch: ModelBatch, done: int, returned: int, seconds: float
+        self,
+        worker: ModelWorker,
+        batch: ModelBatch,
+        done: int,
+        returned: int,
+        seconds: float,
+        *,
+        cancel: bool = False,
     ) -> None:
         call = self.calls[batch.call]
         start = batch.start
@@ -242,7 +256,10 @@ class Pool(RuleBasedStateMachine):
             self.settle(batch.call, range(start, start + done))
         else:
             assert settled is None
-        self.carry_out()
+        if cancel:
+            call.cancelled |= call.open or len(call.settled) < call.total
+            self.scheduler.cancel(batch.call)
+        self.carry_out(cancelled=cancel)
 
     @precondition(lambda self: bool(self.batches()))
     @rule(data=st.data())
@@ -320,33 +337,43 @@ class Pool(RuleBasedStateMachine):
             assert item not in call.settled, f"item {item} of call {number} settled twice"
             call.settled.add(item)
 
-    def carry_out(self) -> None:
-        for action in self.scheduler.actions():
-            note(f"    {describe(action)}")
-            if isinstance(action, Send):
-                self.sent(action.batch)
-            elif isinstance(action, Fail):
-                call = self.calls[action.call]
-                assert not call.cancelled
-                assert action.attempts == call.retries + 1
-                assert call.deaths[action.item] >= action.attempts, "an innocent item was charged"
-                self.settle(action.call, [action.item])
-            elif isinstance(action, Finish):
-                call = self.calls[action.call]
-                assert not call.finished
-                assert not call.cancelled
-                assert not call.open
-                assert len(call.settled) == call.total
-                call.finished = True
-            else:
-                worker = self.workers[action.worker]
-                assert not worker.batches
-                assert not worker.retired
-                if action.needless:
-                    assert worker.idle
+    def carry_out(self, *, cancelled: bool = False) -> None:
+        """Do what the scheduler wants; a call was `cancelled` in between, or not."""
+        while actions := self.scheduler.actions():
+            for action in actions:
+                note(f"    {describe(action)}")
+                if isinstance(action, Send) and cancelled and not self.is_wanted(action.batch):
+                    self.past.append(action.batch.id)
+                    self.scheduler.unsent(action.batch.id)
+                elif isinstance(action, Send):
+                    self.sent(action.batch)
+                elif isinstance(action, Fail):
+                    call = self.calls[action.call]
+                    assert not call.cancelled
+                    assert action.attempts == call.retries + 1
+                    assert call.deaths[action.item] >= action.attempts, (
+                        "an innocent item was charged"
+                    )
+                    self.settle(action.call, [action.item])
+                elif isinstance(action, Finish):
+                    call = self.calls[action.call]
+                    assert not call.finished
+                    assert not call.cancelled
+                    assert not call.open
+                    assert len(call.settled) == call.total
+                    call.finished = True
                 else:
-                    assert worker.left == worker.begun
-                worker.retired = True
+                    worker = self.workers[action.worker]
+                    assert not worker.batches
+                    assert not worker.retired
+                    if action.needless:
+                        assert worker.idle
+                    else:
+                        assert worker.left == worker.begun
+                    worker.retired = True
+
+    def is_wanted(self, batch: Batch) -> bool:
+        return not self.calls[batch.call.id].cancelled
 
     def sent(self, batch: Batch) -> None:
         # A batch whose worker died within the same event would be sent to nobody.

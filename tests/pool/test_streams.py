@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.pool import tasks
+from tests.waiting import until
 
 import fiber
 from fiber.config import config
@@ -212,6 +213,16 @@ def test_an_iterator_abandoned_half_way_leaves_the_pool_free(pool: fiber.Pool, m
     pool.close()
     pool.join()
     assert time.monotonic() - begin < 8  # the rest would have taken 50 s
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_abandoned_iterator_keeps_no_worker(pool: fiber.Pool, method: str) -> None:
+    for _ in range(10):
+        results = getattr(pool, method)(tasks.square, itertools.count())
+        for _ in range(20):
+            next(results)
+        del results  # while its next batch is about to be sent
+        until(lambda: pool.stats().running == 0, "the workers are free")
 
 
 def test_a_pool_with_an_endless_stream_can_be_ended() -> None:

@@ -246,9 +246,10 @@ class Master:
 
     def _send(self, batch: Batch) -> None:
         call = self._calls.get(batch.call.id)
-        worker = self._crew.workers[batch.worker]
-        if call is None:
+        if call is None:  # nobody wants it any more, since this was decided
+            self._scheduler.unsent(batch.id)
             return
+        worker = self._crew.workers[batch.worker]
         items = call.take(batch.start, batch.stop)
         handles: list[Any] = []
         session.lend_to(handles)

@@ -206,6 +206,13 @@ class Scheduler:
 
     def unloadable(self, batch: int) -> None:
         """A worker could not load a batch of several items: they go out again one by one."""
+        found = self._batches.get(batch)
+        if found is not None:
+            found.call.single = True
+            self.unsent(batch)
+
+    def unsent(self, batch: int) -> None:
+        """A batch is not at its worker after all; its items are waiting again, if still wanted."""
         found = self._batches.pop(batch, None)
         if found is None:
             return
@@ -213,7 +220,6 @@ class Scheduler:
         worker.batches.remove(found)
         if worker.left is not None:
             worker.left += found.stop - found.start
-        found.call.single = True
         self._put_back(found.call, found.start, found.stop, found.careful)
         self._offer(worker)
         self._assign()
