@@ -139,7 +139,8 @@ def _shared_memory() -> dict[object, str]:
 
 def _of_others(name: str) -> bool:
     """Whether a name tells of a living process that is none of this run."""
-    if name.startswith("sem.mp-"):  # a semaphore of multiprocessing, which Fiber has none of
+    # A semaphore of multiprocessing, which Fiber has none of; the store of a cluster that starts.
+    if name.startswith(("sem.mp-", "k8s-ci-")):
         return True
     told = MAKER.match(name)
     pid = int(told[1]) if told else os.getpid()

@@ -12,12 +12,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import waiting
 
 from fiber.backends.kubernetes import rbac
 from fiber.backends.kubernetes.backend import KubernetesBackend
@@ -54,18 +54,7 @@ def probe() -> None:
     assert ready, "none of its nodes is ready"
 
 
-def until(
-    condition: Callable[[], Any], what: str | Callable[[], str], patience: float = PATIENCE
-) -> Any:
-    """Return what `condition` returns when it is true; `what` says what was waited for."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    words = what if isinstance(what, str) else what()
-    return pytest.fail(f"after {patience:g} s still not: {words}")
+until = functools.partial(waiting.until, patience=PATIENCE)
 
 
 class Namespace:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
+from tests import waiting
 
 PATIENCE = 40.0
+
+until = functools.partial(waiting.until, patience=PATIENCE)
 
 
 def slurm(*command: str, check: bool = True, text: str = "") -> str:
@@ -35,13 +36,3 @@ def jobs(*options: str, fields: str = "%i|%T|%j") -> list[list[str]]:
     out = slurm("squeue", "--noheader", "--array", f"--format={fields}|%j", *options)
     rows = [line.split("|") for line in out.splitlines()]
     return [row[:-1] for row in rows if row[-1].startswith("fiber-")]
-
-
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Return what `condition` returns when it is true; fail if that takes too long."""
-    deadline = time.monotonic() + patience
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"after {patience:g} s still not: {what}")
-        time.sleep(0.05)
-    return found

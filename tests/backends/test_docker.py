@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import site
 import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import docker
 import psutil
 import pytest
+from tests import waiting
 
 from fiber.backends.base import BLAMELESS, Backend, Job, JobSpec, JobState, JobStatus
 from fiber.backends.docker import DockerBackend
@@ -29,6 +30,8 @@ IMAGE = f"local/python:{sys.version_info[0]}.{sys.version_info[1]}"
 SOCKET = "/var/run/docker.sock"
 SRC = Path(__file__).resolve().parents[2] / "src"
 PATIENCE = 30.0
+
+until = functools.partial(waiting.until, patience=PATIENCE)
 
 SLEEP = "import time; time.sleep(600)"
 EAT = "x = bytearray(400 << 20)"
@@ -60,21 +63,12 @@ def session(client: Any) -> Iterator[str]:
     """The session of a test; none of its containers may be there at the end."""
     name = uuid.uuid4().hex[:8]
     yield name
-    assert eventually(lambda: not of_session(client, name)), of_session(client, name)
+    until(lambda: not of_session(client, name), lambda: f"{of_session(client, name)} gone")
 
 
 def of_session(client: Any, session: str) -> list[str]:
     found = client.api.containers(all=True, filters={"label": f"fiber.session={session}"})
     return [container["Names"][0].lstrip("/") for container in found]
-
-
-def eventually(condition: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture
@@ -191,11 +185,11 @@ def test_the_secret_can_be_read_by_the_user_of_the_container(
     config.init(**settings)
     program = "import os; print(open(os.environ['FIBER_INTERNAL_SECRET_FILE']).read()); "
     (job,) = submit(program + "import sys; sys.stdout.flush(); " + SLEEP, secret=b"sesame")
-    assert eventually(lambda: backend.logs(job) == "sesame"), backend.logs(job)
+    until(lambda: backend.logs(job) == "sesame", lambda: f"the logs, not {backend.logs(job)!r}")
     assert "sesame" not in str(inspect(client, job))
     volumes = [mount["Name"] for mount in inspect(client, job)["Mounts"]]
     backend.kill([job])
-    assert eventually(lambda: not {v.name for v in client.volumes.list()} & set(volumes))
+    until(lambda: not {v.name for v in client.volumes.list()} & set(volumes))
 
 
 def test_the_image_is_by_default_a_stock_python_of_this_version(backend: DockerBackend) -> None:
@@ -229,7 +223,7 @@ os.waitpid(pid, 0)
 time.sleep(600)
 """
     (job,) = submit(program, resources=Resources(memory=64))
-    assert eventually(lambda: backend.status([job])[0].reason == "OOMKilled")
+    until(lambda: backend.status([job])[0].reason == "OOMKilled")
     (status,) = backend.status([job])
     assert status.state is JobState.RUNNING
     assert "64 MB" in status.message
@@ -324,7 +318,7 @@ def test_one_that_is_refused_leaves_none_of_the_call(
     bad = spec(SLEEP, session, resources=Resources(cpu=1000))
     with pytest.raises(StartError):
         backend.submit([*(spec(SLEEP, session) for _ in range(3)), bad])
-    assert eventually(lambda: not of_session(client, session))
+    until(lambda: not of_session(client, session))
 
 
 @away
@@ -365,7 +359,7 @@ def port() -> Iterator[int]:
 def network(client: Any) -> Iterator[str]:
     network = client.networks.create(f"fiber-test-{uuid.uuid4().hex[:8]}")
     yield network.name
-    assert eventually(lambda: removed(network))
+    until(lambda: removed(network))
 
 
 def removed(network: Any) -> bool:
@@ -505,7 +499,7 @@ def test_a_master_that_is_killed_leaves_no_container(
         assert len(of_session(client, session)) == 1
         master.kill()
     assert master.wait(PATIENCE) == -signal.SIGKILL
-    assert eventually(lambda: not of_session(client, session))
+    until(lambda: not of_session(client, session))
 
 
 def test_a_container_that_notices_its_masters_death_is_removed_by_the_engine(
@@ -531,7 +525,7 @@ line.recv(1)
                 process.kill()
             master.wait(PATIENCE)
             assert len(of_session(client, session)) == 1
-    assert eventually(lambda: not of_session(client, session))
+    until(lambda: not of_session(client, session))
 
 
 # An engine that goes away and comes back.
@@ -613,18 +607,18 @@ def test_an_engine_that_goes_away_leaves_jobs_unknown_until_it_is_back(
     loud = "import time\nwhile True: print('still here', flush=True); time.sleep(0.1)"
     jobs = submit(SLEEP, one, SLEEP, loud)
     relay.cut()
-    assert eventually(lambda: JobState.UNKNOWN in states(backend, jobs))
+    until(lambda: JobState.UNKNOWN in states(backend, jobs))
     assert "does not answer" in backend.status(jobs)[0].message
     (unknown,) = backend.wait(jobs[:1], 0.1)
     assert unknown.state is JobState.UNKNOWN
-    assert eventually(lambda: jobs[1].id not in str(client.containers.list()))
+    until(lambda: jobs[1].id not in str(client.containers.list()))
     backend.kill(jobs[2:3])  # it cannot be done now
     assert inspect(client, jobs[2])["State"]["Running"]
     relay.connect()
-    assert eventually(lambda: states(backend, jobs)[0] is JobState.RUNNING)
+    until(lambda: states(backend, jobs)[0] is JobState.RUNNING)
     assert ended(backend, jobs[1]).exit_code == 3
-    assert eventually(lambda: states(backend, jobs)[2] is JobState.ENDED)
-    assert eventually(lambda: backend.logs(jobs[3], 1) == "still here")
+    until(lambda: states(backend, jobs)[2] is JobState.ENDED)
+    until(lambda: backend.logs(jobs[3], 1) == "still here")
     (job,) = submit("raise SystemExit(4)")
     assert ended(backend, job).exit_code == 4
 

@@ -266,9 +266,9 @@ def test_hundreds_of_interrupts_at_random_moments(program: Callable[..., Any]) -
             thread = threading.Thread(target=other)
             thread.start()
             caught = i = 0
-            say('caught 0.')
             while caught < {many}:
                 try:
+                    say(f'caught {{caught}}.')  # the next comes as soon as this is out
                     while True:
                         i += 1
                         assert pool.apply(square, (i,)) == i * i
@@ -280,7 +280,6 @@ def test_hundreds_of_interrupts_at_random_moments(program: Callable[..., Any]) -
                             assert short.map(square, [1, 2]) == [1, 4]
                 except KeyboardInterrupt:
                     caught += 1
-                    say(f'caught {{caught}}.')
             assert pool.map(square, range(1000)) == [x * x for x in range(1000)]
             over.set()
             thread.join()

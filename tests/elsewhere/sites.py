@@ -11,6 +11,7 @@ entry in `SITES`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import waiting
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).resolve().parent / "programs"
@@ -47,20 +49,7 @@ CORE = frozenset(
 """The tests for each way to have processes on an engine; one of its ways runs all."""
 
 
-def until(
-    condition: Callable[[], Any], what: str | Callable[[], str], patience: float = PATIENCE
-) -> Any:
-    """Return what `condition` returns when it is true; fail if that takes too long.
-
-    `what` says what was waited for, or returns it when it did not come.
-    """
-    deadline = time.monotonic() + patience
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            text = what if isinstance(what, str) else what()
-            pytest.fail(f"after {patience:g} s still not: {text}")
-        time.sleep(0.05)
-    return found
+until = functools.partial(waiting.until, patience=PATIENCE)
 
 
 class Program:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.managers import targets
+from tests.waiting import until
 
 import fiber
 from fiber import managers
@@ -57,21 +57,6 @@ def run() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def until() -> Callable[..., Any]:
-    """`until(condition)` returns the first true value of `condition()`, or fails after 20 s."""
-
-    def wait(condition: Callable[[], Any], what: str = "") -> Any:
-        deadline = time.monotonic() + DEADLINE
-        while not (value := condition()):
-            if time.monotonic() > deadline:
-                pytest.fail(f"{DEADLINE:g} s went by without {what or condition}")
-            time.sleep(0.01)
-        return value
-
-    return wait
-
-
-@pytest.fixture
 def in_thread() -> Iterator[Callable[..., Future[Any]]]:
     """`in_thread(call, *args)` runs a call in a thread; its outcome is a Future's."""
     threads: list[threading.Thread] = []
@@ -96,7 +81,7 @@ def in_thread() -> Iterator[Callable[..., Future[Any]]]:
 
 
 @pytest.fixture
-def kill(until: Callable[..., Any]) -> Callable[[Any], None]:
+def kill() -> Callable[[Any], None]:
     """`kill(manager)` kills its process, and `kill(process)` one, and waits until it is gone."""
 
     def kill(victim: Any) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import pytest
 from tests.managers import targets
+from tests.waiting import until
 
 import fiber
 from fiber import managers
 
 Kill = Callable[[Any], None]
 InThread = Callable[..., Any]
-Until = Callable[..., Any]
 
 SOON = 10.0  # seconds
 
@@ -60,7 +60,7 @@ def test_a_killed_server_that_nobody_had_called(manager: Any, kill: Kill) -> Non
 
 
 def test_a_server_that_is_killed_between_request_and_reply(
-    tools: Any, kill: Kill, in_thread: InThread, until: Until, tmp_path: Path
+    tools: Any, kill: Kill, in_thread: InThread, tmp_path: Path
 ) -> None:
     tool, ready, text = tools.Tool(), tmp_path / "ready", died(tools)
     call = in_thread(tool.hang, ready)
@@ -79,7 +79,7 @@ def test_a_method_that_ends_the_server(tools: Any) -> None:
 
 
 def test_a_server_that_is_killed_while_it_makes_an_object(
-    in_thread: InThread, kill: Kill, until: Until, tmp_path: Path
+    in_thread: InThread, kill: Kill, tmp_path: Path
 ) -> None:
     ready = tmp_path / "ready"
 
@@ -187,9 +187,7 @@ if __name__ == "__main__":
 """
 
 
-def test_managers_end_when_the_program_is_killed(
-    start_script: Callable[..., Any], until: Until
-) -> None:
+def test_managers_end_when_the_program_is_killed(start_script: Callable[..., Any]) -> None:
     program = start_script(PROGRAM)
     one, path, other, other_path = program.stdout.readline().split()
     assert os.path.exists(path)
@@ -259,7 +257,7 @@ def test_a_killed_consumer_takes_no_item_with_it(manager: Any, kill: Kill) -> No
 
 
 def test_a_killed_client_does_not_disturb_the_server(
-    tools: Any, kill: Kill, until: Until, tmp_path: Path
+    tools: Any, kill: Kill, tmp_path: Path
 ) -> None:
     tool, paths = tools.Tool(), [tmp_path / str(number) for number in range(3)]
     for path in paths:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.managers import targets
+from tests.waiting import until
 
 import fiber
 from fiber import managers
@@ -94,7 +95,7 @@ def test_using_what_was_shut_down() -> None:
     assert "'__str__()' failed" in str(items)
 
 
-def test_a_manager_that_is_let_go_of_ends(until: Callable[..., Any]) -> None:
+def test_a_manager_that_is_let_go_of_ends() -> None:
     manager = fiber.Manager()
     items, process = manager.list([1]), manager._process
     del manager
@@ -313,7 +314,7 @@ def test_a_stranger_does_not_get_in(manager: Any) -> None:
     assert manager.list([1])[:] == [1]
 
 
-def test_the_server_ends_with_the_session(until: Callable[..., Any]) -> None:
+def test_the_server_ends_with_the_session() -> None:
     manager = fiber.Manager()
     process: Any = manager._process
     fiber.runtime.session.shutdown()

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from tests.managers import targets
+from tests.waiting import until
 
 import fiber
 from fiber import managers
 
 Run = Callable[..., Any]
-Until = Callable[..., Any]
 
 
 # Nested and pickled
@@ -31,7 +31,7 @@ def test_proxies_can_be_nested(manager: Any, run: Run) -> None:
     assert outer["deep"]["deeper"][:] == [3]
 
 
-def test_a_nested_object_outlives_its_proxies(manager: Any, until: Until) -> None:
+def test_a_nested_object_outlives_its_proxies(manager: Any) -> None:
     outer = manager.list([manager.list([1]), manager.Lock()])
     until(lambda: manager._number_of_objects() == 2)
     assert outer[0][:] == [1]
@@ -146,7 +146,7 @@ def test_messages_of_any_size(manager: Any, size: int) -> None:
 # For how long objects live
 
 
-def test_an_object_lives_as_long_as_its_proxies(manager: Any, until: Until) -> None:
+def test_an_object_lives_as_long_as_its_proxies(manager: Any) -> None:
     items = [manager.list() for _ in range(10)]
     assert manager._number_of_objects() == 10
     del items[5:]
@@ -156,16 +156,14 @@ def test_an_object_lives_as_long_as_its_proxies(manager: Any, until: Until) -> N
     assert manager._debug_info() == ""
 
 
-def test_iterators_go_at_once(manager: Any, until: Until) -> None:
+def test_iterators_go_at_once(manager: Any) -> None:
     items = manager.dict(a=1)
     for _ in range(20):
         assert list(items) == ["a"]
     until(lambda: manager._number_of_objects() == 1)
 
 
-def test_what_a_killed_process_had_goes_with_it(
-    tools: Any, until: Until, kill: Callable[[Any], None]
-) -> None:
+def test_what_a_killed_process_had_goes_with_it(tools: Any, kill: Callable[[Any], None]) -> None:
     ready, tool = fiber.Event(), tools.Tool()
     process = fiber.Process(target=targets.make_child_and_hang, args=(tool, ready))
     process.start()
@@ -222,7 +220,7 @@ def test_methods_that_return_proxies(tools: Any, run: Run) -> None:
     assert run(lambda: tool.child("other").child("again").see(1)) == 1
 
 
-def test_an_object_that_is_there_already(tools: Any, until: Until) -> None:
+def test_an_object_that_is_there_already(tools: Any) -> None:
     first, second = tools.shared(), tools.shared()
     first.see(1)
     assert second.see(2) == 2

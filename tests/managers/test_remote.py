@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.managers import targets
+from tests.waiting import until
 
 import fiber
 from fiber import managers
@@ -162,7 +163,7 @@ def test_exceptions_of_a_plain_server(server: Any) -> None:
         manager.dict()["nothing"]
 
 
-def test_a_plain_server_counts_our_proxies(server: Any, until: Callable[..., Any]) -> None:
+def test_a_plain_server_counts_our_proxies(server: Any) -> None:
     manager, _ = server
     items = [manager.list() for _ in range(3)]
     assert manager._number_of_objects() == 3
@@ -176,7 +177,7 @@ def test_processes_share_a_plain_server(server: Any, run: Callable[..., Any]) ->
     assert run(targets.append, items, 2) == [1, 2]  # the authkey goes along with the process
 
 
-def test_a_plain_server_that_is_killed(server: Any, until: Callable[..., Any]) -> None:
+def test_a_plain_server_that_is_killed(server: Any) -> None:
     manager, program = server
     items = manager.list([1])
     program.process.send_signal(signal.SIGKILL)
@@ -285,7 +286,7 @@ def test_nested_proxies_among_both_kinds_of_clients(client: Any) -> None:
     assert items.copy() == {"a": 1, "b": 2}
 
 
-def test_a_plain_clients_proxies_are_counted(client: Any, until: Callable[..., Any]) -> None:
+def test_a_plain_clients_proxies_are_counted(client: Any) -> None:
     program, manager = client
     program.ask("result = items = [manager.list() for _ in range(3)]")
     assert manager._number_of_objects() == 3

@@ -51,21 +51,6 @@ def ends_well() -> Callable[..., None]:
     return wait
 
 
-@pytest.fixture
-def until() -> Callable[..., Any]:
-    """`until(condition)` returns the first true value of `condition()`, or fails after 20 s."""
-
-    def wait(condition: Callable[[], Any], what: str = "") -> Any:
-        deadline = time.monotonic() + DEADLINE
-        while not (value := condition()):
-            if time.monotonic() > deadline:
-                pytest.fail(f"{DEADLINE:g} s went by without {what or condition}")
-            time.sleep(0.002)
-        return value
-
-    return wait
-
-
 class Running:
     """A call that runs in a thread of its own."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.objects import actors
+from tests.waiting import until
 
 import fiber
 import fiber.synchronize
@@ -39,7 +40,7 @@ def test_each_has_a_place(mp: Any, aside: Callable[..., Any]) -> None:
     assert [alone.wait(), alone.wait(0), alone.wait(timeout=5)] == [0, 0, 0]
 
 
-def test_what_it_tells(mp: Any, aside: Callable[..., Any], until: Callable[..., Any]) -> None:
+def test_what_it_tells(mp: Any, aside: Callable[..., Any]) -> None:
     barrier = mp.Barrier(3)
     assert (barrier.parties, barrier.n_waiting, barrier.broken) == (3, 0, False)
     waiting = [aside(barrier.wait) for _ in range(2)]
@@ -87,9 +88,7 @@ def test_an_action_that_fails_breaks_it(mp: Any, aside: Callable[..., Any]) -> N
 
 
 @pytest.mark.parametrize("how", ["abort", "reset"])
-def test_abort_and_reset(
-    mp: Any, how: str, aside: Callable[..., Any], until: Callable[..., Any]
-) -> None:
+def test_abort_and_reset(mp: Any, how: str, aside: Callable[..., Any]) -> None:
     barrier = mp.Barrier(3)
     getattr(barrier, how)()
     barrier.reset()
@@ -207,7 +206,7 @@ def test_an_action_that_fails_in_a_process(start: Callable[..., Any]) -> None:
     assert barrier.broken
 
 
-def test_broken_from_another_process(start: Callable[..., Any], until: Callable[..., Any]) -> None:
+def test_broken_from_another_process(start: Callable[..., Any]) -> None:
     for how, why in (("abort", "it was aborted"), ("reset", "it was reset")):
         barrier, back = fiber.Barrier(3), fiber.Queue()
         for _ in range(2):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.objects import parties
+from tests.waiting import until
 
 import fiber
 
@@ -25,7 +26,6 @@ WITHIN = 5.0  # seconds from the death
 ROUNDS = 6
 
 Start = Callable[..., fiber.Process]
-Until = Callable[..., Any]
 Aside = Callable[..., Any]
 
 
@@ -70,9 +70,7 @@ def test_a_producer(
         assert taken == [(0, number) for number in range(len(taken))]
 
 
-def test_a_producer_that_others_outlive(
-    start: Start, until: Until, kill_at_random: Callable[..., None]
-) -> None:
+def test_a_producer_that_others_outlive(start: Start, kill_at_random: Callable[..., None]) -> None:
     """They go on, and lose nothing."""
     q, begun = fiber.Queue(), [fiber.Event(), fiber.Event()]
     victim, other = (start(parties.put_on, q, me, begun[me]) for me in range(2))
@@ -143,7 +141,7 @@ def test_a_consumer_that_owed_a_mark(start: Start, aside: Aside) -> None:
         joining.result(WITHIN)
 
 
-def test_a_producer_that_waits_for_room(start: Start, until: Until) -> None:
+def test_a_producer_that_waits_for_room(start: Start) -> None:
     """Its item is not put later, and those who wait behind it go on."""
     q, begun = fiber.Queue(5), fiber.Event()
     victim = start(parties.put_on, q, 0, begun)
@@ -159,7 +157,7 @@ def test_a_producer_that_waits_for_room(start: Start, until: Until) -> None:
 @pytest.mark.parametrize("kind", ["Lock", "RLock", "BoundedSemaphore"])
 @pytest.mark.parametrize("others", [0, 1, 2])
 def test_the_holder_of_a_lock(
-    kind: str, others: int, start: Start, until: Until, kill_at_random: Callable[..., None]
+    kind: str, others: int, start: Start, kill_at_random: Callable[..., None]
 ) -> None:
     """It is free again; at no time do two that live hold it."""
     for _ in range(ROUNDS):

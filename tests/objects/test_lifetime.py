@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.objects import actors
+from tests.waiting import until
 
 import fiber
 from fiber.runtime import home, session
@@ -54,7 +55,7 @@ def test_an_object_on_its_way_through_a_queue_is_kept(start: Callable[..., Any])
 
 
 def test_after_that_the_object_is_gone(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever uses the pickle too late is told."""
     monkeypatch.setattr(home, "_LEASE", 0.05)
@@ -88,7 +89,7 @@ def test_a_pickle_can_be_used_many_times(start: Callable[..., Any]) -> None:
     assert [q.get_nowait() for _ in range(8)] == [0, 1, 2, 3, 4, "mark", "mark", "mark"]
 
 
-def test_thousands_of_objects_leave_nothing(until: Callable[..., Any]) -> None:
+def test_thousands_of_objects_leave_nothing() -> None:
     def use(rounds: int) -> None:
         for _ in range(rounds):
             objects = actors.make_all()
@@ -108,7 +109,7 @@ def test_thousands_of_objects_leave_nothing(until: Callable[..., Any]) -> None:
 
 
 def test_thousands_of_queues_in_another_process_leave_nothing(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here, where they live, from when their pickles need no more be waited for."""
     monkeypatch.setattr(home, "_LEASE", 0.5)
@@ -132,7 +133,7 @@ def test_thousands_of_queues_in_another_process_leave_nothing(
         assert last - first < 200, counts
 
 
-def test_a_lock_that_is_held_is_kept_for_nobody(until: Callable[..., Any]) -> None:
+def test_a_lock_that_is_held_is_kept_for_nobody() -> None:
     """Nor is a queue of which not all is done: when nobody has it, nobody can ask for it."""
     served = session.current().home.objects
     lock, semaphore, q = fiber.Lock(), fiber.Semaphore(3), fiber.JoinableQueue()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.shared.targets import hide_memory
+from tests.waiting import until
 
 import fiber
 from fiber.runtime import session, snapshots
@@ -26,7 +27,6 @@ DEADLINE = 20.0
 SIZE = 1 << 20  # numbers, of 8 bytes each
 
 Start = Callable[..., fiber.Process]
-Until = Callable[..., Any]
 
 
 def files() -> list[str]:
@@ -268,7 +268,7 @@ def test_who_does_not_see_the_memory_has_its_own(start: Start) -> None:
 # How long it is there --------------------------------------------------------------------------
 
 
-def test_it_goes_with_the_last_handle(start: Start, until: Until) -> None:
+def test_it_goes_with_the_last_handle(start: Start) -> None:
     handle = fiber.put(np.ones(SIZE))
     assert len(files()) == 1
     other = pickle.loads(pickle.dumps(handle))
@@ -282,7 +282,7 @@ def test_it_goes_with_the_last_handle(start: Start, until: Until) -> None:
     assert found.sum() == SIZE  # as long as anybody has it
 
 
-def test_who_only_had_it_keeps_nothing(start: Start, until: Until) -> None:
+def test_who_only_had_it_keeps_nothing(start: Start) -> None:
     with fiber.Pool(2) as pool:
         for number in range(5):
             handle = fiber.put(np.full(SIZE, number))
@@ -308,7 +308,7 @@ def mapped(_: int) -> int:
     return count
 
 
-def test_who_is_killed_has_no_handle_any_more(start: Start, until: Until) -> None:
+def test_who_is_killed_has_no_handle_any_more(start: Start) -> None:
     handle, back = fiber.put(np.ones(SIZE)), fiber.Queue()
     readers = [start(hold, handle, back) for _ in range(3)]
     assert [back.get(timeout=DEADLINE) for _ in readers] == [SIZE] * 3
@@ -322,7 +322,7 @@ def test_who_is_killed_has_no_handle_any_more(start: Start, until: Until) -> Non
     until(lambda: not files(), "the end of the file")
 
 
-def test_the_death_of_its_owner_is_told(start: Start, until: Until) -> None:
+def test_the_death_of_its_owner_is_told(start: Start) -> None:
     back = fiber.Queue()
     owner = start(own, back)
     handle = back.get(timeout=DEADLINE)
@@ -341,7 +341,7 @@ def test_the_death_of_its_owner_is_told(start: Start, until: Until) -> None:
     until(lambda: not files(), "the end of the files")
 
 
-def test_an_owner_that_ends_takes_it_along(start: Start, until: Until) -> None:
+def test_an_owner_that_ends_takes_it_along(start: Start) -> None:
     back = fiber.Queue()
 
     def put_and_end() -> None:
@@ -377,9 +377,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["alone", "pool"])
-def test_a_master_that_is_killed_leaves_nothing(
-    how: str, start_script: Callable[..., Any], until: Until
-) -> None:
+def test_a_master_that_is_killed_leaves_nothing(how: str, start_script: Callable[..., Any]) -> None:
     program = start_script(KILLED, how)
     folder = program.stdout.readline().strip()
     assert folder
@@ -444,7 +442,7 @@ def test_a_snapshot_is_fetched_once_for_a_place(
 
 
 def test_who_is_killed_while_fetching_is_replaced(
-    snapshot: snapshots.Snapshot, tmp_path: Path, start: Start, until: Until
+    snapshot: snapshots.Snapshot, tmp_path: Path, start: Start
 ) -> None:
     place, log = tmp_path / "place", tmp_path / "reads"
 
@@ -468,7 +466,6 @@ def test_a_place_does_not_wait_for_ever(
     snapshot: snapshots.Snapshot,
     tmp_path: Path,
     start: Start,
-    until: Until,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor for a process that was stopped while it fetched."""
@@ -488,7 +485,7 @@ def test_a_place_does_not_wait_for_ever(
 
 
 def test_copies_of_the_dead_are_swept(
-    snapshot: snapshots.Snapshot, tmp_path: Path, start: Start, until: Until
+    snapshot: snapshots.Snapshot, tmp_path: Path, start: Start
 ) -> None:
     place, log, ready = tmp_path / "place", tmp_path / "reads", fiber.Event()
 

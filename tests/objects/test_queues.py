@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.objects import actors
+from tests.waiting import until
 
 import fiber
 import fiber.queues
@@ -60,7 +61,7 @@ def test_first_in_first_out(make: Callable[..., Any], kind: str) -> None:
     assert [q.get(timeout=DEADLINE) for _ in range(5)] == [1, "two", [3], None, {"f": 4.0}]
 
 
-def test_sizes(make: Callable[..., Any], kind: str, until: Callable[..., Any]) -> None:
+def test_sizes(make: Callable[..., Any], kind: str) -> None:
     q = make(kind, 2)
     assert (q.qsize(), q.empty(), q.full()) == (0, True, False)
     q.put("a")
@@ -102,9 +103,7 @@ GETS: list[Callable[[Any], Any]] = [
 ]
 
 
-def test_get_without_waiting(
-    make: Callable[..., Any], kind: str, until: Callable[..., Any]
-) -> None:
+def test_get_without_waiting(make: Callable[..., Any], kind: str) -> None:
     q = make(kind)
     began = time.monotonic()
     for get in GETS:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.objects import actors
+from tests.waiting import until
 
 import fiber
 import fiber.synchronize
@@ -236,9 +237,7 @@ def test_every_method_has_multiprocessing_s_parameters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("make", CONDITIONS)
-def test_wait_and_notify(
-    mp: Any, make: Callable[[Any], Any], aside: Callable[..., Any], until: Callable[..., Any]
-) -> None:
+def test_wait_and_notify(mp: Any, make: Callable[[Any], Any], aside: Callable[..., Any]) -> None:
     condition = make(mp)
     ready, woken = threading.Semaphore(0), mp.SimpleQueue()
     waiting = [aside(actors.wait_in, condition, ready, woken) for _ in range(5)]

@@ -226,7 +226,7 @@ def test_a_bound_holds_all_the_time(start: Callable[..., Any]) -> None:
     assert sorted(item for taken in lists for item in taken) == everything(3, 150)
 
 
-def test_producers_wait_in_line(start: Callable[..., Any], until: Callable[..., Any]) -> None:
+def test_producers_wait_in_line(start: Callable[..., Any]) -> None:
     """Who waits for room is served in the order of coming, also before who comes later."""
     q, told = fiber.Queue(1), fiber.Queue()
     q.put("first")
@@ -324,9 +324,7 @@ def test_it_is_back_when_its_process_ends(start: Callable[..., Any]) -> None:
     assert [q.get_nowait() for _ in range(1_500)] == list(range(500, 2_000))
 
 
-def test_it_is_back_when_its_process_lets_go_of_the_queue(
-    start: Callable[..., Any], until: Callable[..., Any]
-) -> None:
+def test_it_is_back_when_its_process_lets_go_of_the_queue(start: Callable[..., Any]) -> None:
     def take(data: bytes, told: Any, go_on: Any) -> None:
         q = pickle.loads(data)
         for _ in range(500):

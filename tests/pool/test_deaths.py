@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.pool import tasks
+from tests.waiting import until
 
 import fiber
 
@@ -292,12 +293,6 @@ def test_a_worker_that_cannot_mark_what_it_is_at_is_to_blame(tmp_path: Path) -> 
     def die() -> None:
         os.write(int(os.environ["LOG"]), b"begun\n")
         os._exit(3)
-
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
     with fiber.Pool(2, begin, retries=1) as pool:
         until(lambda: pool.stats().ready == 2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.pool import tasks
-from tests.pool.test_lifecycle import wait_until
+from tests.waiting import until
 
 import fiber
 
@@ -33,7 +33,7 @@ def size(pool: fiber.Pool) -> tuple[int, int]:
 
 
 def wait_for_size(pool: fiber.Pool, workers: int) -> None:
-    wait_until(lambda: size(pool) == (workers, workers), f"{workers} workers", 20)
+    until(lambda: size(pool) == (workers, workers), f"{workers} workers", 20)
 
 
 def lines_of(path: Path) -> int:
@@ -45,7 +45,7 @@ def meeting(folder: Path, submit: Callable[[Callable[[Any], Any], range], Any], 
     log, flag = folder / "log", folder / "flag"
     wait = functools.partial(tasks.wait_for, str(flag))
     submitted = submit(functools.partial(tasks.log_and, str(log), wait), range(size))
-    wait_until(lambda: lines_of(log) == size, f"{size} items run at once", 30)
+    until(lambda: lines_of(log) == size, f"{size} items run at once", 30)
     flag.touch()
     return submitted
 
@@ -130,7 +130,7 @@ def test_idle_workers_end(tmp_path: Path, quick: None) -> None:
     with fiber.Pool((2, 6)) as pool:
         meeting(tmp_path, pool.map_async, 6).get(20)
         wait_for_size(pool, 2)
-        wait_until(lambda: len(pool.pids()) == 2, "2 processes")
+        until(lambda: len(pool.pids()) == 2, "2 processes")
         assert pool.stats().died == 0
         assert pool.map(tasks.square, range(50)) == [x * x for x in range(50)]
 
@@ -139,7 +139,7 @@ def test_a_pool_of_none_has_no_process_while_it_is_idle(quick: None) -> None:
     with fiber.Pool((0, 3)) as pool:
         for _ in range(3):
             wait_for_size(pool, 0)
-            wait_until(lambda: pool.pids() == [], "no process")
+            until(lambda: pool.pids() == [], "no process")
             assert pool.map(tasks.square, range(20)) == [x * x for x in range(20)]
             assert pool.apply(tasks.square, (7,)) == 49
             assert list(pool.imap(tasks.square, iter(range(5)))) == [0, 1, 4, 9, 16]
@@ -182,7 +182,7 @@ def test_work_that_comes_as_a_worker_ends_is_done(quick: None) -> None:
 def test_killed_workers_cost_no_result(quick: None) -> None:
     with fiber.Pool((1, 8)) as pool:
         result = pool.map_async(functools.partial(tasks.nap_at, -1, 0, 0.01), range(600))
-        wait_until(lambda: pool.stats().ready >= 4, "4 workers")
+        until(lambda: pool.stats().ready >= 4, "4 workers")
         for pid in pool.pids()[:4]:
             os.kill(pid, signal.SIGKILL)
         assert result.get(60) == pool.map(functools.partial(tasks.nap_at, -1, 0, 0), range(600))
@@ -219,7 +219,7 @@ def test_a_closed_pool_grows_and_ends(tmp_path: Path, wait: str) -> None:
 def test_a_pool_ends_in_the_midst_of_its_growth(tmp_path: Path) -> None:
     pool = fiber.Pool((1, 30))
     result = pool.map_async(functools.partial(tasks.wait_for, str(tmp_path / "never")), range(30))
-    wait_until(lambda: pool.stats().processes > 1, "it grows")
+    until(lambda: pool.stats().processes > 1, "it grows")
     pool.terminate()
     pool.join()
     assert pool.pids() == []

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 import fiber
 from fiber.runtime import session
@@ -93,13 +94,6 @@ def used() -> int:
     return total
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture(params=["lent", "sent"])
 def way(request: pytest.FixtureRequest) -> str:
     """What is true of data that is lent is true of data that goes over the socket."""
@@ -173,7 +167,7 @@ def test_results_that_are_kept_stay_as_they_were(way: str) -> None:
         parts = [result.memory[100:200] for result in first_of_all[:3]]
         pids = pool.pids()
     assert all(map(is_all, range(10), first_of_all))
-    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
     session.shutdown()
     assert all(map(is_all, range(10), first_of_all))
     del first_of_all
@@ -258,7 +252,7 @@ def test_memory_is_used_again(pool: fiber.Pool) -> None:
 
 def wait_for(array: Array, go: Path | None) -> int:
     if go is not None:
-        wait_until(go.exists)
+        until(go.exists)
     return first(array)
 
 
@@ -267,7 +261,7 @@ def test_an_argument_is_given_back_before_its_batch_is_done(tmp_path: Path) -> N
     arena = session.current().arena
     with fiber.Pool(1) as pool:
         result = pool.starmap_async(wait_for, [(make(0), None), (make(1), go)], chunksize=2)
-        wait_until(lambda: arena.lent == SIZE)
+        until(lambda: arena.lent == SIZE)
         assert not result.ready()
         go.touch()
         assert result.get(PATIENCE) == [0, 1]
@@ -279,10 +273,10 @@ def test_it_goes_back_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         results = pool.map(make, range(8))
         pool.map(first, results)
         own = session.current().arena
-        wait_until(lambda: own.backed == 0)
+        until(lambda: own.backed == 0)
         assert used() >= 8 * SIZE  # the results that we have
         del results
-        wait_until(lambda: used() == 0)
+        until(lambda: used() == 0)
         assert all(map(is_all, range(8), pool.map(make, range(8))))
 
 
@@ -388,10 +382,10 @@ def test_a_busy_worker_gives_up_what_the_user_has_let_go_of(tmp_path: Path) -> N
     go = tmp_path / "go"
     with fiber.Pool(1, initializer=tick_fast) as pool:
         array = pool.apply(make, (1,))
-        busy = pool.apply_async(wait_until, (go.exists,))
+        busy = pool.apply_async(until, (go.exists,))
         assert used() > 0
         del array
-        wait_until(lambda: used() == 0)
+        until(lambda: used() == 0)
         assert not busy.ready()
         go.touch()
         busy.get(PATIENCE)
@@ -432,7 +426,7 @@ def test_a_fork_of_a_task_sees_its_argument_as_it_was(tmp_path: Path) -> None:
             pool.map(first, [make(1)] * 5)
         assert session.current().arena.lent <= SIZE
         go.touch()
-        wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
+        until(lambda: out.exists() and out.stat().st_size == SIZE)
         assert out.read_bytes() == bytes([9]) * SIZE
 
 
@@ -442,7 +436,7 @@ def test_a_fork_of_a_task_sees_its_argument_when_its_worker_was_killed(tmp_path:
     def leave(array: Array) -> int:
         if os.fork() == 0:
             with contextlib.suppress(BaseException):
-                wait_until(go.exists)
+                until(go.exists)
                 out.write_bytes(bytes(array.memory))
             os._exit(0)
         return keep(array)
@@ -450,11 +444,11 @@ def test_a_fork_of_a_task_sees_its_argument_when_its_worker_was_killed(tmp_path:
     with fiber.Pool(1) as pool:
         pid = pool.apply(leave, (make(9),))
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: bool(pool.pids()) and pid not in pool.pids())
-        wait_until(lambda: session.current().arena.lent == 0)
+        until(lambda: bool(pool.pids()) and pid not in pool.pids())
+        until(lambda: session.current().arena.lent == 0)
         assert pool.map(first, [make(x) for x in range(5)]) == list(range(5))
         go.touch()
-        wait_until(lambda: out.exists() and out.stat().st_size == SIZE)
+        until(lambda: out.exists() and out.stat().st_size == SIZE)
         assert out.read_bytes() == bytes([9]) * SIZE
 
 
@@ -494,8 +488,8 @@ def test_workers_that_are_killed_leave_no_memory(pool: fiber.Pool) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     again = pool.map(make, range(8))  # by others
-    wait_until(lambda: not set(pids) & set(pool.pids()))
-    wait_until(lambda: session.current().arena.lent == 0)
+    until(lambda: not set(pids) & set(pool.pids()))
+    until(lambda: session.current().arena.lent == 0)
     names = {path.parent.name for path in lent_files()}
     assert not names & {f"{pid}-worker.lent" for pid in pids}
     assert all(map(is_all, range(8), results))
@@ -521,7 +515,7 @@ def test_random_kills_cost_no_result_and_no_memory() -> None:
             assert used() <= 5 * 16 << 20
         assert [first(array) for array in kept] == [x + 1 for x in range(0, 50, 10)] * 8
         own = session.current().arena
-        wait_until(lambda: own.lent == 0)
+        until(lambda: own.lent == 0)
         assert 0 < most <= 16 << 20
 
 

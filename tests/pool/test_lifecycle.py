@@ -16,18 +16,12 @@ from typing import Any
 import psutil
 import pytest
 from tests.pool import tasks
+from tests.waiting import until
 
 import fiber
 from fiber.pool.crew import Crew
 
 MakePool = Callable[..., Any]
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds:g} s still not: {what}"
-        time.sleep(0.01)
 
 
 def all_gone(pids: list[int]) -> bool:
@@ -170,7 +164,7 @@ def test_what_is_awaited_when_the_pool_is_terminated_fails(pool: fiber.Pool) -> 
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_until(lambda: pool.stats().running == 2, "all are busy")
+    until(lambda: pool.stats().running == 2, "all are busy")
     begin = time.monotonic()
     pool.terminate()
     for result in results:
@@ -191,7 +185,7 @@ def test_what_is_awaited_when_the_pool_is_terminated_fails(pool: fiber.Pool) -> 
 def test_terminate_ends_tasks_that_ignore_signals(pool: fiber.Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     pool.map_async(functools.partial(tasks.ignore_signals, str(log)), range(2), 1)
-    wait_until(lambda: log.exists() and len(log.read_text().split()) == 2, "both run")
+    until(lambda: log.exists() and len(log.read_text().split()) == 2, "both run")
     pids = pool.pids()
     begin = time.monotonic()
     pool.terminate()
@@ -274,7 +268,7 @@ def test_a_dropped_pool_warns_and_its_workers_go() -> None:
     with pytest.warns(ResourceWarning, match="unclosed running"):  # noqa: PT031
         del pool
         gc.collect()
-    wait_until(lambda: all_gone(pids), "the workers are gone")
+    until(lambda: all_gone(pids), "the workers are gone")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed running:ResourceWarning")
@@ -293,7 +287,7 @@ def test_a_closed_pool_may_be_dropped() -> None:
     del pool
     gc.collect()
     assert result.get(20) == 0.2
-    wait_until(lambda: all_gone(pids), "the workers are gone")
+    until(lambda: all_gone(pids), "the workers are gone")
 
 
 def test_a_pool_cannot_be_sent(pool: fiber.Pool) -> None:
@@ -384,7 +378,7 @@ def test_an_initializer_runs_once_in_each_worker(make_pool: MakePool, tmp_path: 
     log = tmp_path / "log"
     pool = make_pool(3, tasks.log, (str(log), "here"))
     assert pool.map(tasks.square, range(100)) == [x * x for x in range(100)]
-    wait_until(lambda: log.exists() and len(log.read_text().split()) >= 3, "three began")
+    until(lambda: log.exists() and len(log.read_text().split()) >= 3, "three began")
     pool.close()
     pool.join()
     assert log.read_text().split() == ["'here'"] * 3
@@ -494,7 +488,7 @@ def test_a_pool_whose_constructor_was_interrupted_leaves_no_worker(
     monkeypatch.setattr(Crew, "recruit", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         fiber.Pool(2)
-    wait_until(lambda: not fiber.active_children(), "the workers are gone")
+    until(lambda: not fiber.active_children(), "the workers are gone")
     assert caught.value is not None  # and that though the pool cannot have been collected
 
 
@@ -550,12 +544,12 @@ def test_workers_are_daemons_with_names(pool: fiber.Pool) -> None:
 def test_stats_tell_what_there_is(pool: fiber.Pool, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     pool.map(tasks.square, range(100))
-    wait_until(lambda: pool.stats().ready == 2, "both are ready")
+    until(lambda: pool.stats().ready == 2, "both are ready")
     stats = pool.stats()
     assert (stats.processes, stats.ready, stats.done) == (2, 2, 100)
     assert (stats.waiting, stats.running, stats.failed, stats.died) == (0, 0, 0, 0)
     waiting = pool.map_async(functools.partial(tasks.wait_for, str(gate)), range(10))
-    wait_until(lambda: pool.stats().running >= 2, "two are running")
+    until(lambda: pool.stats().running >= 2, "two are running")
     stats = pool.stats()
     assert stats.waiting + stats.running == 10
     assert stats.done == 100
@@ -608,7 +602,7 @@ def deaf() -> None:
 
 def test_terminate_ends_workers_that_start_and_do_not_hear_it() -> None:
     pool = fiber.Pool(2, deaf)
-    wait_until(lambda: len(pool.pids()) == 2, "two workers have started")
+    until(lambda: len(pool.pids()) == 2, "two workers have started")
     pool.terminate()
     begin = time.monotonic()
     pool.join()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 Run = Callable[..., Any]
 
@@ -170,7 +171,7 @@ if __name__ == "__main__":
 
 
 def test_ctrl_c_reaches_the_program_and_its_processes_once(
-    start_script: Run, until: Run, tmp_path: Path
+    start_script: Run, tmp_path: Path
 ) -> None:
     program = start_script(
         HEAD

@@ -12,10 +12,9 @@ from typing import Any
 import psutil
 import pytest
 from tests.process import targets
+from tests.waiting import until
 
 import fiber
-
-Until = Callable[..., Any]
 
 
 def run(target: Callable[..., object], *args: object, **options: Any) -> fiber.Process:
@@ -70,7 +69,7 @@ def test_active_children_are_those_that_run() -> None:
     assert fiber.active_children() == []
 
 
-def test_active_children_collects_those_that_ended(until: Until) -> None:
+def test_active_children_collects_those_that_ended() -> None:
     child = fiber.Process(target=targets.nothing)
     child.start()
     until(lambda: fiber.active_children() == [], "the child's end")
@@ -164,7 +163,7 @@ def test_a_worker_of_a_pool_may_have_a_pool() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_does_not_outlive_its_killed_parent(
-    signum: int, tmp_path: Path, until: Until, gone: Callable[[int], None]
+    signum: int, tmp_path: Path, gone: Callable[[int], None]
 ) -> None:
     path = tmp_path / "pid"
     parent = fiber.Process(target=targets.start_and_wait, args=(path,))
@@ -178,7 +177,7 @@ def test_a_child_does_not_outlive_its_killed_parent(
     gone(grandchild)
 
 
-def test_the_killed_parent_of_others_disturbs_nobody_else(tmp_path: Path, until: Until) -> None:
+def test_the_killed_parent_of_others_disturbs_nobody_else(tmp_path: Path) -> None:
     other = fiber.Process(target=targets.sleep)
     other.start()
     path = tmp_path / "pid"

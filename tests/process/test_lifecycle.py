@@ -9,17 +9,16 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.process import targets
+from tests.waiting import until
 
 import fiber
-
-Until = Callable[..., Any]
 
 
 @pytest.fixture
@@ -181,7 +180,7 @@ def test_exitcode_is_none_until_the_end(sleeper: fiber.Process) -> None:
     assert not sleeper.is_alive()
 
 
-def test_exitcode_is_there_without_a_join(until: Until) -> None:
+def test_exitcode_is_there_without_a_join() -> None:
     process = fiber.Process(target=targets.leave, args=(3,))
     process.start()
     assert until(lambda: process.exitcode, "an exit code") == 3
@@ -198,7 +197,7 @@ def test_the_exit_code_is_that_of_a_signal_from_elsewhere(sleeper: fiber.Process
 # Ending ----------------------------------------------------------------------------------------
 
 
-def test_terminate_sends_sigterm_and_kill_sigkill(tmp_path: Path, until: Until) -> None:
+def test_terminate_sends_sigterm_and_kill_sigkill(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     process = fiber.Process(target=targets.ignore_sigterm, args=(ready,))
     process.start()

@@ -178,7 +178,7 @@ def test_an_unknown_backend_is_named() -> None:
         fiber.Process(target=targets.nothing).start()
 
 
-def test_an_agent_that_was_killed_is_replaced(until: Callable[..., Any]) -> None:
+def test_an_agent_that_was_killed_is_replaced() -> None:
     import psutil
 
     sleeper = fiber.Process(target=targets.sleep)

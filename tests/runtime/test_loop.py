@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from fiber.runtime.link import Link
 from fiber.runtime.loop import Event, Loop
@@ -98,13 +99,6 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.001)
-
-
 # Waiting ----------------------------------------------------------------------------------------
 
 
@@ -165,7 +159,7 @@ def test_an_event_set_by_another_thread_wakes_who_leads(loop: Loop) -> None:
 
     waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
-    eventually(lambda: loop._polling)
+    until(lambda: loop._polling)
     with loop:
         event.set()
     waiter.join(2 * PATIENCE)
@@ -240,10 +234,10 @@ def test_a_timer_that_is_set_while_another_waits_is_not_late(loop: Loop) -> None
     never, soon = Event(), Event()
     waiter = threading.Thread(target=lambda: loop.wait(never, PATIENCE), daemon=True)
     waiter.start()
-    eventually(lambda: loop._polling)
+    until(lambda: loop._polling)
     with loop:
         loop.call_later(0.05, soon.set)
-    eventually(lambda: soon.is_set)
+    until(lambda: soon.is_set)
     with loop:
         never.set()
     waiter.join(PATIENCE)
@@ -257,7 +251,7 @@ def test_what_comes_is_handled_though_nobody_waits(echo: Echo) -> None:
     for number in range(20):
         with echo.loop:
             echo.near.post(1, str(number).encode())
-        eventually(lambda number=number: len(echo.received) == number + 1)  # type: ignore[misc]
+        until(lambda number=number: len(echo.received) == number + 1)  # type: ignore[misc]
 
 
 def test_the_background_takes_over_and_yields_again(echo: Echo) -> None:
@@ -266,7 +260,7 @@ def test_the_background_takes_over_and_yields_again(echo: Echo) -> None:
         if number % 3 == 0:
             with echo.loop:
                 echo.near.post(1, b"alone")
-            eventually(lambda n=number: len(echo.received) == n + 2 + n // 3)  # type: ignore[misc]
+            until(lambda n=number: len(echo.received) == n + 2 + n // 3)  # type: ignore[misc]
 
 
 def test_a_process_that_idles_takes_no_time(run_script: Run) -> None:
@@ -297,7 +291,7 @@ loop.close()
 def test_a_call_from_any_thread_runs_soon(echo: Echo) -> None:
     ran: list[int] = []
     in_threads(8, lambda number: echo.loop.call_soon(lambda: ran.append(number)))
-    eventually(lambda: sorted(ran) == list(range(8)))
+    until(lambda: sorted(ran) == list(range(8)))
 
 
 def test_a_finalizer_may_call_within_a_handler(echo: Echo) -> None:
@@ -320,7 +314,7 @@ def test_a_finalizer_may_call_within_a_handler(echo: Echo) -> None:
             echo.loop.call_later(0.002 * number, lambda n=number: litter(n))
     for number in range(20):
         assert echo.ask(b"%d" % number)
-    eventually(lambda: sorted(ran) == list(range(20)))
+    until(lambda: sorted(ran) == list(range(20)))
 
 
 def test_a_finalizer_of_an_idle_program_is_heard(echo: Echo) -> None:
@@ -592,7 +586,7 @@ def test_a_handler_that_raises_fails_everybody_and_nobody_hangs(
         loop.call_later(0.2, lambda: os.write(write_end, b"x"))
     errors = in_threads(waiters, lambda number: loop.wait(Event(), PATIENCE))
     assert all(isinstance(error, (RuntimeError, ZeroDivisionError)) for error in errors), errors
-    eventually(lambda: loop._failure)
+    until(lambda: loop._failure)
     with pytest.raises(RuntimeError, match="loop") as error:
         loop.wait(Event(), PATIENCE)
     assert isinstance(error.value.__cause__, ZeroDivisionError)
@@ -637,7 +631,7 @@ def test_close_may_be_called_twice_and_waits_after_it_fail() -> None:
 def test_a_peer_that_goes_is_told_once(echo: Echo) -> None:
     with echo.loop:
         echo.far.close()
-    eventually(lambda: echo.lost)
+    until(lambda: echo.lost)
     with echo.loop:
         echo.near.post(1, b"into the void")
     assert echo.lost == ["near"]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.shared import targets
+from tests.waiting import until
 
 import fiber
 from fiber import copies, heap
@@ -377,7 +378,7 @@ def test_one_that_dies_with_the_lock(elsewhere: Elsewhere) -> None:
 
 
 def test_a_process_elsewhere_keeps_the_memory(
-    elsewhere: Elsewhere, files: Callable[[], set[int]], until: Callable[..., Any]
+    elsewhere: Elsewhere, files: Callable[[], set[int]]
 ) -> None:
     array, value = Array("b", LARGE), Value("i", 1)
     elsewhere.call(targets.keep, array)
@@ -392,7 +393,7 @@ def test_a_process_elsewhere_keeps_the_memory(
 
 
 def test_memory_goes_with_its_last_user(
-    elsewhere: Elsewhere, files: Callable[[], set[int]], until: Callable[..., Any]
+    elsewhere: Elsewhere, files: Callable[[], set[int]]
 ) -> None:
     array = Array("b", LARGE)
     elsewhere.call(targets.keep, array)
@@ -417,7 +418,7 @@ def test_memory_that_is_there_no_more(
 
 
 def test_pickles_leave_nothing(
-    files: Callable[[], set[int]], monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+    files: Callable[[], set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fiber.runtime import home
 
@@ -447,7 +448,7 @@ def test_what_is_not_pickled_is_not_served() -> None:
 
 
 def test_thousands_of_values_elsewhere_leave_nothing(
-    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch, until: Callable[..., Any]
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fiber.runtime import home
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.shared import targets
+from tests.waiting import until
 
 import fiber
 from fiber.runtime import folders, session
@@ -72,9 +73,7 @@ def helpers_of(pid: int) -> list[psutil.Process]:
     return helpers
 
 
-def test_nothing_is_left_of_a_program_that_ends(
-    start: Callable[[], subprocess.Popen[str]], until: Callable[..., Any]
-) -> None:
+def test_nothing_is_left_of_a_program_that_ends(start: Callable[[], subprocess.Popen[str]]) -> None:
     program = start()
     assert len(left_of(program.pid)) == (4 if MEMORY.is_dir() else 1)
     _, errors = program.communicate("\n", timeout=20)
@@ -83,9 +82,7 @@ def test_nothing_is_left_of_a_program_that_ends(
     assert left_of(program.pid) == []
 
 
-def test_nothing_is_left_of_a_killed_program(
-    start: Callable[[], subprocess.Popen[str]], until: Callable[..., Any]
-) -> None:
+def test_nothing_is_left_of_a_killed_program(start: Callable[[], subprocess.Popen[str]]) -> None:
     program = start()
     program.kill()
     until(lambda: left_of(program.pid) == [], "the end of its files")
@@ -103,7 +100,6 @@ def test_nothing_is_left_of_a_killed_program_that_has_started_no_process(
     make: str,
     number: int,
     start_script: Callable[..., Any],
-    until: Callable[..., Any],
 ) -> None:
     code = f"import sys, fiber\nmemory = {make}\nprint('ready', flush=True)\nsys.stdin.readline()"
     program = start_script(code, f"tests-{os.getpid()}", stdin=subprocess.PIPE)
@@ -114,7 +110,7 @@ def test_nothing_is_left_of_a_killed_program_that_has_started_no_process(
 
 
 def test_the_next_session_sweeps_what_a_killed_one_left(
-    start: Callable[[], subprocess.Popen[str]], until: Callable[..., Any]
+    start: Callable[[], subprocess.Popen[str]],
 ) -> None:
     program = start()
     children = psutil.Process(program.pid).children(recursive=True)

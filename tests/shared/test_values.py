@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.shared import targets
+from tests.waiting import until
 
 import fiber
 from fiber import heap, sharedctypes
@@ -354,9 +355,7 @@ def test_memory_goes_when_it_is_dropped(files: Callable[[], set[int]]) -> None:
     assert files() == set()
 
 
-def test_arguments_that_nobody_else_holds(
-    files: Callable[[], set[int]], until: Callable[..., Any]
-) -> None:
+def test_arguments_that_nobody_else_holds(files: Callable[[], set[int]]) -> None:
     totals = [RawValue("q") for _ in range(4)]
     processes = []
     for number, total in enumerate(totals):
@@ -385,7 +384,7 @@ def test_what_others_may_have_is_not_handed_out_again(pool: fiber.Pool) -> None:
 
 
 def test_memory_that_was_passed_on_goes_when_nobody_has_it(
-    pool: fiber.Pool, files: Callable[[], set[int]], until: Callable[..., Any]
+    pool: fiber.Pool, files: Callable[[], set[int]]
 ) -> None:
     for _ in range(50):
         values = [RawValue("i", 1) for _ in range(100)]
