@@ -10,7 +10,7 @@ import pytest
 
 
 def until(
-    condition: Callable[[], Any], what: str | Callable[[], str] = "", patience: float = 20.0
+    condition: Callable[[], Any], what: str | Callable[[], str] = "", *, patience: float = 20.0
 ) -> Any:
     """Return the first true value of `condition()`; the test fails if that takes too long.
 

@@ -84,7 +84,7 @@ class Namespace:
 
     def becomes_empty(self, patience: float = PATIENCE) -> None:
         """Wait until there is neither a pod nor a Secret."""
-        until(lambda: not self.left(), lambda: f"empty, but for {self.left()}", patience)
+        until(lambda: not self.left(), lambda: f"empty, but for {self.left()}", patience=patience)
 
 
 def takes_pods(namespace: str, account: str = "default") -> bool:

@@ -408,7 +408,7 @@ def test_a_master_in_a_pod(namespace: Namespace, master_pod: Callable[..., Any])
     until(
         lambda: all("being deleted" in what for what in namespace.left()),
         lambda: f"the cluster deletes {namespace.left()}",
-        SOON,
+        patience=SOON,
     )
     # An old kubelet sometimes takes most of a minute to let go of a pod that has ended.
     namespace.becomes_empty(90)
@@ -429,7 +429,11 @@ def test_the_masters_process_dies_in_its_pod(
     master_pod(
         WORKER, "import os; os.kill(os.getpid(), 9)", command='python3 -c "$0" "$1"; sleep 300'
     )
-    until(lambda: [pod.metadata.name for pod in namespace.pods()] == ["master"], "no workers", SOON)
+    until(
+        lambda: [pod.metadata.name for pod in namespace.pods()] == ["master"],
+        "no workers",
+        patience=SOON,
+    )
     assert namespace.secrets() == []
     (master,) = namespace.pods()
     assert master.status.phase == "Running"
@@ -449,7 +453,11 @@ def test_workers_whose_masters_container_died_delete_themselves(
         "time.sleep(300)",
     ).replace("line = call()", "sys.path.insert(0, '/source'); line = call()")
     master_pod(worker, "import os; os._exit(9)")
-    until(lambda: [pod.metadata.name for pod in namespace.pods()] == ["master"], "no workers", SOON)
+    until(
+        lambda: [pod.metadata.name for pod in namespace.pods()] == ["master"],
+        "no workers",
+        patience=SOON,
+    )
     assert namespace.secrets() == []
     (master,) = namespace.pods()
     assert master.status.phase == "Failed"

@@ -131,7 +131,7 @@ def fail(site: Slurm) -> Iterator[Callable[[str], None]]:
         change = ("scontrol", "update", f"NodeName={name}")
         slurm(*change, "State=DOWN", "Reason=test", check=False)
         slurm(*change, "State=RESUME", check=False)
-        until(functools.partial(_is_back, name), f"{name} is back", 60)
+        until(functools.partial(_is_back, name), f"{name} is back", patience=60)
 
 
 def _node_of(process: psutil.Process) -> str:
@@ -210,7 +210,7 @@ def test_a_controller_that_is_away(site: Slurm) -> None:
     try:
         ran = site.folder / "ran"
         before = ran.stat().st_size
-        until(lambda: ran.stat().st_size > before + 5_000, "work goes on", 15)
+        until(lambda: ran.stat().st_size > before + 5_000, "work goes on", patience=15)
         assert program.exit_code is None, program.all()
         time.sleep(max(0.0, began + 30 - time.monotonic()))
     finally:
@@ -316,7 +316,7 @@ if __name__ == "__main__":
 
 def test_a_job_that_waits_says_what_for(site: Slurm) -> None:
     program = site.start(HELD, env={"FIBER_SLURM_OPTIONS": "--hold"})
-    until(lambda: "JobHeldUser" in program.err, "the reason", 30)
+    until(lambda: "JobHeldUser" in program.err, "the reason", patience=30)
     assert "`scontrol release` lets it go" in program.err
     (job,) = site._queue()
     slurm("scontrol", "release", job)

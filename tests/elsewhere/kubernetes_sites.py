@@ -286,7 +286,7 @@ class PodProgram(Program):
 
     def _dump(self) -> None:
         self.signal(signal.SIGABRT)
-        until(lambda: self.exit_code is not None, "ended by SIGABRT", 10)
+        until(lambda: self.exit_code is not None, "ended by SIGABRT", patience=10)
 
     def signal(self, number: int) -> None:
         from kubernetes.stream import stream

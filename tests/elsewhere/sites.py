@@ -264,7 +264,7 @@ class Site(ABC):
 
     def leaves_nothing(self, patience: float = 30.0) -> None:
         """Fail unless all is gone in time."""
-        until(lambda: not self.left(), lambda: f"{self.left()} gone", patience)
+        until(lambda: not self.left(), lambda: f"{self.left()} gone", patience=patience)
 
 
 class Docker(Site):

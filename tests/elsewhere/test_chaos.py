@@ -158,7 +158,7 @@ def test_a_masters_pod_that_is_deleted_leaves_nothing(site: InPod) -> None:
     until(
         lambda: all("being deleted" in what for what in site.left()),
         lambda: f"the cluster deletes {site.left()}",
-        30,
+        patience=30,
     )
     # An old kubelet sometimes takes most of a minute to let go of a pod that has ended.
     site.leaves_nothing(90)

@@ -106,7 +106,7 @@ def test_the_master_of_the_kubernetes_page_runs_its_program(
         phase = core.read_namespaced_pod("master", namespace.name).status.phase
         return phase in ("Succeeded", "Failed")
 
-    cluster.until(ended, "the master has ended", 90)
+    cluster.until(ended, "the master has ended", patience=90)
     log = core.read_namespaced_pod_log("master", namespace.name)
     assert matches(log, told(code)), log
     namespace.delete("master")

@@ -33,7 +33,7 @@ def size(pool: fiber.Pool) -> tuple[int, int]:
 
 
 def wait_for_size(pool: fiber.Pool, workers: int) -> None:
-    until(lambda: size(pool) == (workers, workers), f"{workers} workers", 20)
+    until(lambda: size(pool) == (workers, workers), f"{workers} workers", patience=20)
 
 
 def lines_of(path: Path) -> int:
@@ -45,7 +45,7 @@ def meeting(folder: Path, submit: Callable[[Callable[[Any], Any], range], Any], 
     log, flag = folder / "log", folder / "flag"
     wait = functools.partial(tasks.wait_for, str(flag))
     submitted = submit(functools.partial(tasks.log_and, str(log), wait), range(size))
-    until(lambda: lines_of(log) == size, f"{size} items run at once", 30)
+    until(lambda: lines_of(log) == size, f"{size} items run at once", patience=30)
     flag.touch()
     return submitted
 
