@@ -296,9 +296,9 @@ def test_shared_memory_that_is_full(tmp_path: Path) -> None:
     """As in a container, with the least that engines give it, and less."""
     program = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import fiber
-from test_large_data import make, first, is_all
+from tests.pool.test_large_data import make, first, is_all
 
 if __name__ == "__main__":
     with fiber.Pool(2) as pool:
