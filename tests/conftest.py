@@ -138,13 +138,24 @@ def _shared_memory() -> dict[object, str]:
 
 
 def _of_others(name: str) -> bool:
-    """Whether a name tells of a living process that is none of this run."""
+    """Whether shared memory is that of a living process that is none of this run."""
     # A semaphore of multiprocessing, which Fiber has none of; the store of a cluster that starts.
     if name.startswith(("sem.mp-", "k8s-ci-")):
         return True
     told = MAKER.match(name)
-    pid = int(told[1]) if told else os.getpid()
-    return pid != os.getpid() and psutil.pid_exists(pid) and pid not in _marked()
+    pids = {int(told[1])} if told else _users(name)
+    pids = {pid for pid in pids if pid != os.getpid() and psutil.pid_exists(pid)}
+    return bool(pids) and not pids <= set(_marked())
+
+
+def _users(name: str) -> set[int]:
+    """Return the processes that have shared memory mapped whose name does not tell its maker."""
+    pids = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if f"/dev/shm/{name}\n" in Path(f"/proc/{pid}/maps").read_text():
+                pids.add(pid)
+    return pids
 
 
 class _Engine(http.client.HTTPConnection):
