@@ -43,7 +43,7 @@ MARK = "TESTS_OF_FIBER"
 RUN = f"{os.getpid()}-{time.time_ns()}"
 PATIENCE = 5.0
 # Who made a block of shared memory: fiber-<uid>-<pid>-..., tests-<pid>, torch_<pid>_...
-MAKER = re.compile(r"(?:fiber-\w+-|tests-|torch_)(\d+)(?!\d)")
+MAKER = re.compile(r"(?:fiber-\w+-|tests-|torch_)(\d+)")
 # Read before the fixture that clears FIBER_ variables.
 REQUIRED = {name for name in os.environ.get("FIBER_TEST_ENGINES", "").split(",") if name}
 DOCKER_SOCKET = "/var/run/docker.sock"
