@@ -251,6 +251,23 @@ def test_ctrl_c_while_it_starts(seed: int, program: Callable[..., Any]) -> None:
     running.leaves_nothing()
 
 
+@pytest.mark.parametrize("what", ["process", "pool"])
+def test_ctrl_c_while_the_main_module_loads(what: str, program: Callable[..., Any]) -> None:
+    start = {
+        "process": "fiber.Process(target=nap, args=(60,)).start()",
+        "pool": "fiber.Pool(2).map(nap, [60] * 5)",
+    }
+    running = program(
+        "if __name__ != '__main__':\n    print('loads', flush=True)\n"
+        "    import time\n    time.sleep(60)\n" + source(start[what])
+    )
+    running.wait_for("loads")
+    running.interrupt()
+    assert running.end(within=2) == -signal.SIGINT, running.err
+    assert is_one_clean_interrupt(running.err), running.err
+    running.leaves_nothing(within=1)
+
+
 @pytest.mark.slow
 def test_hundreds_of_interrupts_at_random_moments(program: Callable[..., Any]) -> None:
     many = 200

@@ -334,8 +334,11 @@ class Agent:
             child._end(-9, error=self.error)
 
     def close(self) -> None:
-        """Let it end with all that it started."""
+        """Let it end with all that it started; kill it if it is not ready, for that is nothing."""
+        starting = not self.ready.is_set
         self._fail("was closed")
+        if starting and self.job is not None and self.backend is not None:
+            self.backend.kill([self.job])
 
     def collect(self) -> None:
         """Wait, outside the loop, until its job has ended; kill it if that takes too long."""
