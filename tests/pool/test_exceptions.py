@@ -8,6 +8,7 @@ import pickle
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,6 +237,23 @@ def test_an_argument_that_cannot_be_unpickled_fails_its_item(
     assert type(tasks.make_error(kind)).__name__ in printed(error)
     if how != "apply":
         assert "item 3" in str(error)
+
+
+def test_what_ran_before_such_an_argument_does_not_run_again(
+    pool: fiber.Pool, tmp_path: Path
+) -> None:
+    def note(item: Any) -> None:
+        with open(tmp_path / "ran", "a") as file:  # a line at the end is written whole
+            file.write(f"{item}\n")
+
+    pool.map(note, [["warm"]] * 200)  # so that batches are large
+    items: list[Any] = [[number] for number in range(200)]
+    items[90] = tasks.LoadsOnlyHere(os.getpid(), here=True)
+    results = pool.map(note, items, return_exceptions=True)
+    assert [place for place, error in enumerate(results) if error is not None] == [90]
+    assert "item 90 of" in str(results[90])
+    ran = (tmp_path / "ran").read_text().split("\n")[200:-1]
+    assert sorted(ran) == sorted(str([number]) for number in range(200) if number != 90)
 
 
 def test_bad_arguments_among_many(pool: fiber.Pool) -> None:

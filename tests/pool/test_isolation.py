@@ -52,6 +52,31 @@ def test_tasks_do_not_share_an_argument(pool: fiber.Pool, chunksize: int | None)
     assert shared == []
 
 
+class Counted:
+    """Knows how many of its kind a process has."""
+
+    there = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+        Counted.there += 1
+
+    def __del__(self) -> None:
+        Counted.there -= 1
+
+
+def test_an_argument_is_gone_when_the_next_one_is_made(pool: fiber.Pool) -> None:
+    def count(one: Counted) -> int:
+        return type(one).there
+
+    pool.map(count, [Counted(0)] * 1000)  # so that batches are large
+    assert set(pool.map(count, [Counted(number) for number in range(1000)])) == {1}
+    assert max(pool.map(count, [Counted(number) for number in range(100)], 5)) <= 5
+
+
 def test_the_items_of_a_chunk_share_as_they_do_in_multiprocessing(pool: fiber.Pool) -> None:
     def grow(items: list[int]) -> int:
         items.append(1)

@@ -57,13 +57,11 @@ class Constants:
     Attributes:
         sources: of each, by number.
         told: workers that have these.
-        size: of the largest, in bytes.
     """
 
     def __init__(self) -> None:
         self.sources: list[Source] = []
         self.told: set[int] = set()
-        self.size = 0
         self._numbers: dict[int, int] = {}
         self._within: dict[int, Any] = {}  # what is in them and can be changed, by identity
         self._held: list[Any] = []  # references
@@ -82,7 +80,6 @@ class Constants:
         ref, source = _share(packed, folder, type(obj) in SIZED)
         self._numbers[id(obj)] = len(self.sources)
         self.sources.append(source)
-        self.size = max(self.size, source.size)
         self._within.update(within)
         self._held += (obj, ref)
         return True

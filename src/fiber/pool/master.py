@@ -269,13 +269,11 @@ class Master:
         if handles:
             self._keeping.keep(batch.id, handles)
         weight = (len(data) + sum(map(len, buffers))) / len(items)
-        if call.constants is not None:
-            weight += call.constants.size
-            if worker.id not in call.constants.told:
-                call.constants.told.add(worker.id)
-                worker.knows.add(call.id)
-                sources = [tuple(source) for source in call.constants.sources]
-                worker.post(protocol.CONSTANTS, pickle.dumps((call.id, sources)))
+        if call.constants is not None and worker.id not in call.constants.told:
+            call.constants.told.add(worker.id)
+            worker.knows.add(call.id)
+            sources = [tuple(source) for source in call.constants.sources]
+            worker.post(protocol.CONSTANTS, pickle.dumps((call.id, sources)))
         self._scheduler.weigh(call.id, weight)
         function, function_buffers = b"", ()
         if worker.id not in call.known_by:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
+from fiber.pool.items import Group, Unloadable, load_items
 from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
@@ -46,7 +47,6 @@ from fiber.pool.protocol import (
     UNMARKED,
     UP,
     BatchHead,
-    split,
 )
 from fiber.runtime import folders, session
 from fiber.runtime.endpoint import HELLO
@@ -166,6 +166,7 @@ class _Job:
         self.errors: dict[int, tuple[bytes, str]] = {}
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
+        self.unloadable: BaseException | None = None  # why the next item cannot be unpickled
         self.slow = False  # the master was told before its end that it is not done
         self.began = 0.0
         self._before: tuple[float, int] | None = None  # see `_effort`
@@ -192,22 +193,31 @@ class _Job:
 
     def results(self) -> Iterator[Any]:
         """Run the items that were not begun, one at each step; an exception ends the iterator."""
-        function, source = self.function, _drain(self.items)
-        if self.how == STARMAP:
-            values = (function(*item) for item in source)
-        elif self.how == APPLY:
-            values = (function(*args, **kwargs) for args, kwargs in source)
-        else:
-            values = (function(item) for item in source)
-        # At once, for the next task may change what this one returned.
-        hold = self.hold
-        return (v if type(v) in PLAIN else _pickle(v, not self.items, hold) for v in values)
+        function, how, hold, items = self.function, self.how, self.hold, self.items
+        while True:
+            try:
+                item = items.popleft()
+            except IndexError:  # the keeper may have taken the last one
+                return
+            if type(item) is Group:
+                item = item.take()
+            if how == STARMAP:
+                value = function(*item)
+            elif how == APPLY:
+                args, kwargs = item
+                value = function(*args, **kwargs)
+                del args, kwargs
+            else:
+                value = function(item)
+            del item  # before the next one is made
+            # At once, for the next task may change what this one returned.
+            yield value if type(value) in PLAIN else _pickle(value, not items, hold)
 
     def fail(self, error: BaseException) -> None:
         """The item after the last value raised `error`."""
         if os.getpid() != self._pid:
             os._exit(1)  # a fork that the task made has come to its end
-        ours = 3  # frames of the traceback: the caller of the generators, and the generators
+        ours = 2  # frames of the traceback: the caller of the generator, and the generator
         if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
             error, ours = error.__cause__, 1  # a generator makes the one of the other
         self.errors[len(self.values)] = exceptions.encode(error, ours)
@@ -348,7 +358,7 @@ class Worker:
         except BaseException as error:
             self._mark[0] = IDLE
             with self._lock:
-                self._send(UNLOADABLE, (head.batch, *exceptions.encode(error)))
+                self._send_unloadable(head.batch, error)
             return
         del frame  # which has views of the items, and they may be over one by one
         job = _Job(head, function, items, self._hold)
@@ -365,10 +375,7 @@ class Worker:
         buffers = frame.buffers[head.function_buffers :]
         loader = self._constants
         load = loads if loader is None else loader.loads_for(head.call)
-        items = _load_items(head, data, buffers, load)
-        if len(items) != head.items:
-            raise ValueError(f"{len(items)} items came instead of {head.items}")
-        return function, items
+        return function, load_items(head, data, buffers, load)
 
     def _see(self, head: BatchHead, frame: Frame) -> Frame | None:
         """Return a batch with what was lent; None if it must be sent again. With the lock."""
@@ -409,6 +416,9 @@ class Worker:
                 # What was appended before an exception stays, so that its place is known.
                 values.extend(job.results())
                 break
+            except Unloadable as error:
+                job.unloadable = error.__cause__
+                break
             except BaseException as error:
                 job.fail(error)
         self._mark[0] = IDLE
@@ -417,6 +427,8 @@ class Worker:
             self._took = seconds = job.seconds()
             if job.sent < len(values):
                 self._report(job, len(values), 0, seconds)
+            if job.unloadable is not None:
+                self._send_unloadable(job.id, job.unloadable)
 
     def _run_carefully(self, job: _Job) -> None:
         values = job.values
@@ -424,13 +436,23 @@ class Worker:
             self._mark[0] = job.id
             try:
                 values.append(next(job.results()))
+            except Unloadable as error:
+                job.unloadable = error.__cause__
+                break
             except BaseException as error:
                 job.fail(error)
             self._mark[0] = IDLE
             with self._lock:
                 self._report(job, len(values), 0, 0.0)
+        self._mark[0] = IDLE
         with self._lock:
             self._job = None
+            if job.unloadable is not None:
+                self._send_unloadable(job.id, job.unloadable)
+
+    def _send_unloadable(self, batch: int, error: BaseException) -> None:
+        """What is left of the batch cannot be unpickled. With the lock."""
+        self._send(UNLOADABLE, (batch, *exceptions.encode(error)))
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
@@ -530,30 +552,6 @@ class Worker:
         return len(job.items) > -begun % job.chunk
 
 
-def _load_items(
-    head: BatchHead,
-    data: Buffer,
-    buffers: Sequence[Buffer],
-    load: Callable[[Buffer, Sequence[Buffer]], Any],
-) -> deque[Any]:
-    if head.groups == 1:
-        return deque(load(data, buffers))
-    items: deque[Any] = deque()
-    groups = pickle.loads(data)
-    for (group, _), its in zip(groups, split(buffers, [n for _, n in groups]), strict=True):
-        items.extend(load(group, its))
-    return items
-
-
 def _packed_function(head: BatchHead, frame: Frame) -> Packed:
     data = bytes(frame.body[BATCH_HEAD.size : BATCH_HEAD.size + head.function_size])
     return Packed(data, frame.buffers[: head.function_buffers])
-
-
-def _drain(items: deque[Any]) -> Iterator[Any]:
-    """Yield the items, taking each out; another thread may take from the other end."""
-    try:
-        while True:
-            yield items.popleft()
-    except IndexError:
-        return
