@@ -97,8 +97,8 @@ SCALE = (
         "1,024 workers on this machine: seconds until all are up, for the peer that tells, "
         "and until as many tasks run at the same time, memory "
         "of a worker, cost of an empty task of a `map` with chunksize=1 (with 2 workers, with "
-        "1,024, and their ratio; and the master's processor time in it), and seconds to close: "
-        "less is better.",
+        "1,024 in the first call of its size and in those after it, and the ratio of these to 2; "
+        "and the master's processor time in it), and seconds to close: less is better.",
         (
             Case(
                 "thousand",
@@ -108,6 +108,7 @@ SCALE = (
                     Metric("uss", "a worker, private", "MB"),
                     Metric("pss", "a worker, PSS", "MB", ratio=False),
                     Metric("few", "a task, 2 workers", "µs"),
+                    Metric("many-first", "a task, 1,024 workers, first call", "µs"),
                     Metric("many", "a task, 1,024 workers", "µs"),
                     Metric("times", "their ratio", "", ratio=False),
                     Metric("few-cpu", "master's CPU, 2 workers", "µs", ratio=False),
