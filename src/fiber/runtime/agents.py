@@ -334,7 +334,7 @@ class Agent:
             child._end(-9, error=self.error)
 
     def close(self) -> None:
-        """Let it end with all that it started; kill it if it is not ready, for that is nothing."""
+        """Let it end with all that it started; kill it if it is not ready: it has nothing yet."""
         starting = not self.ready.is_set
         self._fail("was closed")
         if starting and self.job is not None and self.backend is not None:
