@@ -39,9 +39,11 @@ def say(*words):
 """
 
 
-def source(main: str) -> str:
+def source(main: str, elsewhere: str = "pass") -> str:
+    """The program whose master does `main`; where else it is loaded, it does `elsewhere`."""
     body = textwrap.indent(textwrap.dedent(main), "    ")
-    return f'{PROLOGUE}def main():\n{body}\n\nif __name__ == "__main__":\n    main()\n'
+    end = f'if __name__ == "__main__":\n    main()\nelse:\n    {elsewhere}\n'
+    return f"{PROLOGUE}def main():\n{body}\n\n{end}"
 
 
 WAITING = {
@@ -257,10 +259,7 @@ def test_ctrl_c_while_the_main_module_loads(what: str, program: Callable[..., An
         "process": "fiber.Process(target=nap, args=(60,)).start()",
         "pool": "fiber.Pool(2).map(nap, [60] * 5)",
     }
-    running = program(
-        "if __name__ != '__main__':\n    print('loads', flush=True)\n"
-        "    import time\n    time.sleep(60)\n" + source(start[what])
-    )
+    running = program(source(start[what], elsewhere="say('loads'); time.sleep(60)"))
     running.wait_for("loads")
     running.interrupt()
     assert running.end(within=2) == -signal.SIGINT, running.err

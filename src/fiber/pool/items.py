@@ -18,13 +18,10 @@ from typing import Any
 from fiber.pool.protocol import BatchHead, split
 from fiber.wire.framing import Buffer
 
-__all__ = ["Group", "Unloadable", "load_items"]
+__all__ = ["Group", "Load", "load_items"]
 
 Load = Callable[[Buffer, Sequence[Buffer]], Any]
-
-
-class Unloadable(Exception):
-    """Items cannot be unpickled; the cause says why."""
+"""What unpickles: takes a pickle and its buffers."""
 
 
 class Group:
@@ -40,12 +37,9 @@ class Group:
         self._items: deque[Any] | None = None
 
     def take(self) -> Any:
-        """Return its next item; raises Unloadable."""
+        """Return its next item; raises what their unpickling raises."""
         if self._items is None:
-            try:
-                self._items = _load_all(self._data, self._buffers, self._size, self._load)
-            except BaseException as error:
-                raise Unloadable from error
+            self._items = _load_all(self._data, self._buffers, self._size, self._load)
             self._data, self._buffers = b"", ()
         return self._items.popleft()
 

@@ -15,10 +15,11 @@ import io
 import os
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fiber.constants import ConstantRef
+from fiber.pool.items import Load
 from fiber.runtime.refs import lookup
 from fiber.runtime.snapshots import map_file, parts
 from fiber.wire.framing import Buffer
@@ -130,7 +131,7 @@ class Loader:
         for constant in self._calls.pop(call, ()):
             constant.close()
 
-    def loads_for(self, call: int) -> Callable[[Buffer, Sequence[Buffer]], Any]:
+    def loads_for(self, call: int) -> Load:
         """Return what unpickles the items of a call."""
         constants = self._calls.get(call)
         if constants is None:

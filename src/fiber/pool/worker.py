@@ -14,6 +14,7 @@ in the socket, so that others can run it.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pickle
 import resource
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fiber.errors import MaybeEncodingError, SerializationError
-from fiber.pool.items import Group, Unloadable, load_items
+from fiber.pool.items import Group, load_items
 from fiber.pool.lending import LENT, Lending, arena_name
 from fiber.pool.marks import IDLE, map_mark
 from fiber.pool.protocol import (
@@ -166,7 +167,7 @@ class _Job:
         self.errors: dict[int, tuple[bytes, str]] = {}
         self.sent = 0  # values that were reported
         self.returned = 0  # items that were given back
-        self.unloadable: BaseException | None = None  # why the next item cannot be unpickled
+        self.unloadable: tuple[bytes, str] | None = None  # why the next item cannot be unpickled
         self.slow = False  # the master was told before its end that it is not done
         self.began = 0.0
         self._before: tuple[float, int] | None = None  # see `_effort`
@@ -192,7 +193,10 @@ class _Job:
         return min(wall, worked) if slept <= (_SLEEPS if self.size >= _MANY else 0) else wall
 
     def results(self) -> Iterator[Any]:
-        """Run the items that were not begun, one at each step; an exception ends the iterator."""
+        """Run the items that were not begun, one at each step.
+
+        What an item raises ends the iterator. It just ends before one that cannot be unpickled.
+        """
         function, how, hold, items = self.function, self.how, self.hold, self.items
         while True:
             try:
@@ -200,7 +204,11 @@ class _Job:
             except IndexError:  # the keeper may have taken the last one
                 return
             if type(item) is Group:
-                item = item.take()
+                try:
+                    item = item.take()
+                except BaseException as error:
+                    self.unloadable = exceptions.encode(error)
+                    return
             if how == STARMAP:
                 value = function(*item)
             elif how == APPLY:
@@ -357,8 +365,7 @@ class Worker:
             function, items = self._load(head, frame)
         except BaseException as error:
             self._mark[0] = IDLE
-            with self._lock:
-                self._send_unloadable(head.batch, error)
+            self._send_unloadable(head.batch, exceptions.encode(error))
             return
         del frame  # which has views of the items, and they may be over one by one
         job = _Job(head, function, items, self._hold)
@@ -367,6 +374,8 @@ class Worker:
             self._run_carefully(job)
         else:
             self._run_all(job)
+        if job.unloadable is not None:
+            self._send_unloadable(job.id, job.unloadable)
 
     def _load(self, head: BatchHead, frame: Frame) -> tuple[Callable[..., Any], deque[Any]]:
         """Return the function and the items of a batch."""
@@ -416,9 +425,6 @@ class Worker:
                 # What was appended before an exception stays, so that its place is known.
                 values.extend(job.results())
                 break
-            except Unloadable as error:
-                job.unloadable = error.__cause__
-                break
             except BaseException as error:
                 job.fail(error)
         self._mark[0] = IDLE
@@ -427,32 +433,26 @@ class Worker:
             self._took = seconds = job.seconds()
             if job.sent < len(values):
                 self._report(job, len(values), 0, seconds)
-            if job.unloadable is not None:
-                self._send_unloadable(job.id, job.unloadable)
 
     def _run_carefully(self, job: _Job) -> None:
         values = job.values
-        while job.items:
+        while job.items and job.unloadable is None:
             self._mark[0] = job.id
             try:
-                values.append(next(job.results()))
-            except Unloadable as error:
-                job.unloadable = error.__cause__
-                break
+                values.extend(itertools.islice(job.results(), 1))
             except BaseException as error:
                 job.fail(error)
             self._mark[0] = IDLE
             with self._lock:
-                self._report(job, len(values), 0, 0.0)
-        self._mark[0] = IDLE
+                if job.sent < len(values):
+                    self._report(job, len(values), 0, 0.0)
         with self._lock:
             self._job = None
-            if job.unloadable is not None:
-                self._send_unloadable(job.id, job.unloadable)
 
-    def _send_unloadable(self, batch: int, error: BaseException) -> None:
-        """What is left of the batch cannot be unpickled. With the lock."""
-        self._send(UNLOADABLE, (batch, *exceptions.encode(error)))
+    def _send_unloadable(self, batch: int, error: tuple[bytes, str]) -> None:
+        """What is left of the batch cannot be unpickled."""
+        with self._lock:
+            self._send(UNLOADABLE, (batch, *error))
 
     def _report(self, job: _Job, done: int, returned: int, seconds: float) -> None:
         """Send the results up to `done` that were not sent yet. With the lock."""
